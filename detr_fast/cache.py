@@ -1,0 +1,64 @@
+"""Values computed from weights, kept until a weight changes: folded convolutions, projected positions, cast weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+# Of what depends on an input's shape, the last few shapes are kept: 18 MB each for a ResNet-50 DETR at 800 x 1333.
+CAPACITY = 4
+
+_kept: weakref.WeakKeyDictionary[nn.Module, dict[str, OrderedDict[Hashable, tuple[Any, Any]]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def derived(owner: nn.Module, name: str, key: Hashable, sources: Sequence[Tensor], build: Callable[[], T]) -> T:
+    """What `build` returns, computed anew only when one of `sources` has changed since the last call.
+
+    Values live as long as `owner` does and are no part of its state: copies and pickles of it start empty. While
+    gradients flow to a source, or under torch.compile and torch.export, `build` runs each time.
+
+    Args:
+        owner: the module that the value belongs to.
+        name: what the value is; the `CAPACITY` most recently used keys of each name are kept.
+        key: everything besides `sources` that `build` depends on.
+        sources: the tensors that `build` reads.
+    """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
+        return build()
+    entries = _kept.setdefault(owner, {}).setdefault(name, OrderedDict())
+    fingerprint = [_fingerprint(source) for source in sources]
+    held = entries.get(key)
+    if held is None or held[0] != fingerprint:
+        # a value built in inference mode could not be used by autograd later
+        with torch.inference_mode(False), torch.no_grad():
+            held = (fingerprint, build())
+        entries[key] = held
+    entries.move_to_end(key)
+    while len(entries) > CAPACITY:
+        entries.popitem(last=False)
+    return held[1]
+
+
+def _fingerprint(tensor: Tensor) -> tuple[int, int, int]:
+    """Changes with the tensor's storage, its version counter and, on a CPU, its content.
+
+    The content is summed because writes through `.data`, common in moving averages of weights, do not count in the
+    version. The sum reads 25 GB/s here, under 1 % of a forward; on a GPU it would force a synchronisation.
+    """
+    version = -1 if tensor.is_inference() else tensor._version
+    content = 0
+    if tensor.device.type == "cpu":
+        bits = tensor.detach()
+        if bits.is_floating_point():
+            bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+        content = int(bits.sum(dtype=torch.int32 if bits.element_size() <= 4 else torch.int64))
+    return tensor.data_ptr(), version, content

@@ -1,0 +1,1 @@
+"""COCO categories, image and target transforms, data sets."""
