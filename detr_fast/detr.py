@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from detr_fast import ops
 from detr_fast.backbone import build_backbone
 from detr_fast.config import DetrConfig
+from detr_fast.data.categories import Category
 from detr_fast.nested import NestedTensor, nested_tensor_from_tensor_list
 from detr_fast.transformer import Transformer
 
@@ -47,7 +48,10 @@ class DETR(nn.Module):
         aux_loss: also return the predictions of all decoder layers but the last, as "aux_outputs".
         compute_dtype: what convolutions and GEMMs compute in, None for the parameters' dtype. Softmax, normalisations,
             positions, the residual stream and the class and box heads stay float32 at least.
+        categories: dicts with "id", "name", "isthing" and "color", one a class; None: COCO's.
     """
+
+    categories: list[Category] | None = None
 
     def __init__(self, config: DetrConfig):
         super().__init__()

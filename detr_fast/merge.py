@@ -302,8 +302,8 @@ def panoptic_merge(
 
     Every pixel of the processed image goes to the query with the largest logit, ties to the lower index; the target
     takes its pixels as PIL's NEAREST resize does. Segments of at most 4 target pixels are removed and their pixels go
-    to the next best query, until none is left. 0 appears only where nothing is kept at all. Memory: beside `pred_masks`
-    and the result, BLOCK_PIXELS and BLOCK_VALUES bound it, whatever the number of queries and the sizes.
+    to the next best query, until none is left. 0 appears only where nothing is kept at all. Memory: a few integer maps
+    of the target or the processed image, whichever is smaller, and floats within BLOCK_PIXELS and BLOCK_VALUES.
 
     Arguments:
         pred_masks: mask logits of the kept queries [K,h,w], over the whole padded image.

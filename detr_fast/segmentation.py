@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from detr_fast import ops, reference
 from detr_fast.config import DetrConfig
+from detr_fast.data.categories import Category
 from detr_fast.detr import DETR, Samples
 
 Select = Callable[[Tensor], Tensor]
@@ -30,7 +31,12 @@ class DETRsegm(nn.Module):
     Args:
         detr: the detector, built with `masks` so that its backbone returns all stages.
         freeze_detr: train the mask head alone.
+
+    Attributes:
+        categories: as `DETR.categories`.
     """
+
+    categories: list[Category] | None = None
 
     def __init__(self, detr: DETR, freeze_detr: bool = False):
         super().__init__()
@@ -76,7 +82,14 @@ class DETRsegm(nn.Module):
         Raises:
             ValueError: `select` returns something else than bool [B,Q].
         """
-        encoded = self.detr.encode(samples)
+        return self.predict(self.encode(samples), select)
+
+    def encode(self, samples: Samples) -> dict[str, Any]:
+        """As `DETR.encode`."""
+        return self.detr.encode(samples)
+
+    def predict(self, encoded: dict[str, Any], select: Select | None = None) -> dict[str, Any]:
+        """Classes, boxes and masks from `encode`'s outcome."""
         out = self.detr.predict(encoded)
         if select is None:
             selected = None

@@ -18,6 +18,7 @@ from detr_fast import postprocess
 from detr_fast.preprocess import IMAGENET_MEAN, IMAGENET_STD, read_image, transformers_resized_size
 
 CONFIG_NAME = "preprocessor_config.json"
+HUB_TIMEOUT = 10  # seconds until a server that does not answer counts as no network
 FORMATS = ("coco_detection", "coco_panoptic")
 LAYOUTS = ("channels_first", "channels_last")
 SIZE_KEYS = ({"shortest_edge", "longest_edge"}, {"height", "width"}, {"max_height", "max_width"})
@@ -400,12 +401,20 @@ def _per_channel(name: str, values: float | Sequence[float]) -> list[float]:
 def _download(repo_id: str, hub_options: dict[str, Any]) -> Path | None:
     """preprocessor_config.json of a hub id, None if the repository has none."""
     # imported here because it takes longer than the rest of the package together
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    where = {key: hub_options[key] for key in ("revision", "cache_dir") if key in hub_options}
     try:
+        cached = try_to_load_from_cache(repo_id, CONFIG_NAME, **where)
+        if cached is None and not hub_options.get("local_files_only"):
+            # one request without the retries of a download shows within seconds that there is no network
+            url = hf_hub_url(repo_id, CONFIG_NAME, revision=hub_options.get("revision"))
+            get_hf_file_metadata(url, token=hub_options.get("token"), timeout=HUB_TIMEOUT)
+        if isinstance(cached, str) and not hub_options.get("force_download"):
+            return Path(cached)
         return Path(hf_hub_download(repo_id, CONFIG_NAME, **hub_options))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub's HTTP library, and with it its errors, differs between versions
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
         reason = str(error).strip().partition("\n")[0]

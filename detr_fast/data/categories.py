@@ -54,12 +54,12 @@ def categories_for(config: DetrConfig, categories: list[Category] | None) -> lis
         categories = [category for category in _coco_panoptic() if category["isthing"]]
     elif categories is None:
         categories = [
-            {"id": index, "name": f"class {index}", "isthing": 1, "color": _color(index)}
+            {"id": index, "name": f"class {index}", "isthing": 1, "color": palette_color(index)}
             for index in range(config.num_classes)
         ]
     return [dict(category) for category in categories]
 
 
-def _color(index: int) -> list[int]:
+def palette_color(index: int) -> list[int]:
     """Hues a golden ratio apart stay distinct however many are taken."""
     return [round(255 * channel) for channel in colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.65, 0.95)]

@@ -1,0 +1,3 @@
+from detr_fast.cli import main
+
+raise SystemExit(main())
