@@ -33,12 +33,14 @@ _HOME = {
     "DetrForSegmentation": "compat.transformers",
     "DetrImageProcessor": "compat.image_processor",
     "DetrFeatureExtractor": "compat.image_processor",
+    "HungarianMatcher": "training.matcher",
+    "SetCriterion": "training.criterion",
     "Predictor": "predictor",
     "PanopticResult": "predictor",
     **{name: "compat.hub" for name in _HUB},
     **{name: "postprocess" for name in _POSTPROCESS},
 }
-_MODULES = ("data", "labeling", "ops", "position", "reference")
+_MODULES = ("data", "evaluation", "labeling", "ops", "position", "reference", "training")
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 

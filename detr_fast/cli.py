@@ -86,6 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     label.set_defaults(run=_label)
 
+    synth = commands.add_parser(
+        "synth",
+        allow_abbrev=False,
+        help="make a synthetic data set",
+        description="Draw photograph-like scenes with COCO annotations; the same seed gives the same bytes.",
+    )
+    synth.add_argument("out", metavar="OUT", type=_output_folder, help="a new or an empty folder")
+    synth.add_argument("--images", metavar="N", type=_positive, required=True)
+    synth.add_argument("--seed", metavar="S", type=_seed, default=0, help="(%(default)s)")
+    synth.add_argument("--size", metavar=("HEIGHT", "WIDTH"), nargs=2, type=_positive, default=(256, 256))
+    synth.add_argument("--workers", metavar="N", type=_positive, default=1, help="changes the speed only (%(default)s)")
+    synth.set_defaults(run=_synth)
+
     info = commands.add_parser("info", allow_abbrev=False, help="versions, devices and which code each operation runs")
     info.set_defaults(run=_info)
     return parser
@@ -106,6 +119,12 @@ def _output_folder(text: str) -> Path:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text}")
     return int(text)
 
 
@@ -153,6 +172,18 @@ def _label(args: argparse.Namespace) -> None:
             f"see {args.out / 'failures.jsonl'}; the first is {first['file']}: {first['error']}"
         )
     print(f"labelled {summary.labelled} images with {summary.segments} segments in {args.out}")
+
+
+def _synth(args: argparse.Namespace) -> None:
+    from detr_fast.data.shapes import MIN_SIDE, write_dataset
+
+    if min(args.size) < MIN_SIDE:
+        raise UsageError(
+            f"argument --size: must be at least {MIN_SIDE} pixels a side, got {args.size[0]} x {args.size[1]}"
+        )
+    with _argument("OUT"):
+        write_dataset(args.out, args.images, args.seed, tuple(args.size), args.workers, sys.stderr.isatty())
+    print(f"wrote {args.images} images in {args.out}")
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -227,7 +227,7 @@ class MaskHeadSmallConv(nn.Module):
         """What does not depend on the query, from x [B,d,h,w] and fpns [B,C_i,h_i,w_i], coarse to fine."""
         dtype = x.dtype
         weight, bias = ops.weights(self.lay1, dtype)
-        lay1 = ops.conv2d(ops.image_layout(x), weight[:, : self.context_dim], bias, padding=1)
+        lay1 = ops.wide_conv2d(ops.image_layout(x), weight[:, : self.context_dim], bias, padding=1)
         levels = []
         adapters = (self.adapter1, self.adapter2, self.adapter3)
         for fpn, adapter, layer in zip(fpns, adapters, (self.lay3, self.lay4, self.lay5), strict=True):

@@ -1,4 +1,4 @@
-"""`detr-fast label` and `detr-fast info`, as processes."""
+"""`detr-fast label`, `synth` and `info`, as processes."""
 
 from __future__ import annotations
 
@@ -283,3 +283,18 @@ def test_listing_and_names_keep_images_apart(tmp_path: Path) -> None:
     assert len({png.lower() for png in pngs}) == len(names)
     assert pngs[0] == "a.png"
     assert "sub/a.png" in pngs
+
+
+def test_synth_writes_a_data_set_or_says_why_not(tmp_path: Path) -> None:
+    code, out, _ = detr_fast("synth", tmp_path / "data", "--images", "2", "--seed", "0", "--size", "64", "96")
+    assert code == 0 and "2 images" in out
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {
+        "images",
+        "panoptic",
+        "panoptic.json",
+        "instances.json",
+    }
+    code, _, err = detr_fast("synth", tmp_path / "data", "--images", "2")
+    assert code == 2 and "OUT" in err and len(err.splitlines()) == 1
+    code, _, err = detr_fast("synth", tmp_path / "small", "--images", "2", "--size", "8", "64")
+    assert code == 2 and "--size" in err and len(err.splitlines()) == 1

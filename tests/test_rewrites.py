@@ -254,6 +254,17 @@ def test_low_precision_stays_close_and_finite(model, dtype):
         assert torch.isfinite(loud[name]).all()
 
 
+def test_compiles_whole_and_exports(model):
+    samples = torch.stack(images(BATCHES["doubling"]))
+    with torch.no_grad():
+        eager = model(samples)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(samples)
+        exported = torch.export.export(model, (samples,)).module()(samples)
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=0, atol=1e-5)
+        torch.testing.assert_close(exported[name], value, rtol=0, atol=1e-5)
+
+
 def test_bad_samples_and_selections_are_named(model):
     with pytest.raises(TypeError, match="samples must be a Tensor"):
         model("image.jpg")

@@ -1,0 +1,1 @@
+"""Metrics of detection and segmentation, and the evaluation of a model with them."""
