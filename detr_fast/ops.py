@@ -103,6 +103,8 @@ def wide_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, padding: int = 0) ->
     oneDNN adds up all products of an output in NHWC one after the other in float32. Over the 2304 of the mask head's
     first layer, whose normalisation enlarges the error, that cost three times the error of NCHW; in parts it does not.
     """
+    if x.device.type != "cpu":
+        return conv2d(x, weight, bias, padding=padding)
     channels = 256 if weight.shape[2] == 1 else 32
     parts = zip(x.split(channels, 1), weight.split(channels, 1), strict=True)
     first, first_weight = next(parts)

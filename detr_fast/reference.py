@@ -176,7 +176,7 @@ def upstream_panoptic_merge(
                 for i, (k, area) in enumerate(zip(kept, areas, strict=True))
             ]
         kept = [k for k, area in zip(kept, areas, strict=True) if area > 4]
-    return torch.zeros(tuple(target_size), dtype=torch.int32), []
+    return torch.zeros(tuple(target_size), dtype=torch.int32, device=pred_masks.device), []
 
 
 def panoptic_merge(
@@ -197,13 +197,14 @@ def panoptic_merge(
     kept = list(range(len(labels)))
     while kept:
         winner = logits[kept].argmax(0)
-        segment_of = torch.tensor([first[k] for k in kept])[winner]
+        segment_of = torch.tensor([first[k] for k in kept], device=winner.device)[winner]
         shown = nearest_as_pil(segment_of, target_size)
         areas = [int((shown == k).sum()) for k in first]
         if all(areas[k] > 4 for k in kept):
             break
         kept = [k for k in kept if areas[k] > 4]
-    ids, segments = torch.zeros(tuple(target_size), dtype=torch.int32), list[dict[str, Any]]()
+    ids = torch.zeros(tuple(target_size), dtype=torch.int32, device=pred_masks.device)
+    segments: list[dict[str, Any]] = []
     for k in [k for k in kept if first[k] == k]:
         ids[shown == k] = len(segments) + 1
         y, x = (shown == k).nonzero().unbind(1)
