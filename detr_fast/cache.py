@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,20 @@ CAPACITY = 4
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[str, OrderedDict[Hashable, tuple[Any, Any]]]] = (
     weakref.WeakKeyDictionary()
 )
+
+_holders: list[list[Any]] = []
+
+
+@contextmanager
+def holding() -> Iterator[list[Any]]:
+    """Collects what `derived` returns within it. A CUDA graph reads those tensors for as long as it is replayed, while
+    here they are dropped once `CAPACITY` others came."""
+    values: list[Any] = []
+    _holders.append(values)
+    try:
+        yield values
+    finally:
+        _holders.pop()
 
 
 def derived(owner: nn.Module, name: str, key: Hashable, sources: Sequence[Tensor], build: Callable[[], T]) -> T:
@@ -45,6 +60,8 @@ def derived(owner: nn.Module, name: str, key: Hashable, sources: Sequence[Tensor
     entries.move_to_end(key)
     while len(entries) > CAPACITY:
         entries.popitem(last=False)
+    for values in _holders:
+        values.append(held[1])
     return held[1]
 
 

@@ -157,7 +157,7 @@ def _label(args: argparse.Namespace) -> None:
     with _argument("--device"):
         device = resolve_device(args.device)
     with _argument("--dtype"):
-        dtype = resolve_dtype(args.dtype)
+        dtype = resolve_dtype(args.dtype, device)
     with _argument("--model"):
         model = load_model(args.model)
         if not model.config.masks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,25 +17,34 @@ from detr_fast import visualize
 from detr_fast.checkpoint import load_model
 from detr_fast.data.categories import categories_for
 from detr_fast.detr import DETR
+from detr_fast.graphs import Graphs, Recorder
 from detr_fast.postprocess import (
     id_to_rgb,
     panoptic_merge,
     post_process_panoptic_segmentation,
     upstream_panoptic_merge,
 )
-from detr_fast.preprocess import ImageSource, image_to_tensor, read_image
+from detr_fast.preprocess import ImageSource, image_to_tensor, images_to_batch, read_image, resized_size
 from detr_fast.segmentation import DETRsegm
 
+Segments = tuple[np.ndarray | None, list[dict[str, Any]]]
+
 MODES = ("corrected", "detr", "transformers")
-DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image as read, RGB, and as the model takes it: float32 [3, h, w], resized and normalised."""
+    """An image as read, RGB, and what is sent to the device.
+
+    Attributes:
+        tensor: float32 [3, h, w], resized and normalised; for a GPU, which does that itself, uint8 [H, W, 3].
+        size: (h, w), as the model sees it.
+    """
 
     image: Image.Image
     tensor: Tensor
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Predictor:
     Args:
         model: a `DETR` or `DETRsegm`; put into eval mode and moved to `device`.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N" or a torch.device.
-        dtype: what the model computes in: "auto", "fp32", "bf16", "fp16" or the torch.dtype.
+        dtype: what the model computes in: "fp32", "bf16", "fp16", the torch.dtype, or "auto": fp16 on a GPU, else fp32.
         threshold: least score of a query that counts, in [0, 1].
         mode: how the masks become segments. "corrected" is facebookresearch/detr's merge without its flaws: the parts
             of one stuff class stay one segment, and ids count from 1. "detr" and "transformers" give exactly what
@@ -120,7 +129,7 @@ class Predictor:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.device = resolve_device(device)
         self.model = model.to(self.device).eval()
-        self.dtype = resolve_dtype(dtype)
+        self.dtype = resolve_dtype(dtype, self.device)
         self.threshold = threshold
         self.mode = mode
         self.batch_size = batch_size
@@ -128,7 +137,12 @@ class Predictor:
         self.categories = categories_for(model.config, model.categories)
         self._named = {category["id"]: category for category in self.categories}
         self._by_class = {index: _unnamed(index) for index in range(model.config.num_classes)} | self._named
+        self._on_gpu = self.device.type == "cuda"
+        self._graphs = Graphs(model, self._select, Recorder()) if self._on_gpu and isinstance(model, DETRsegm) else None
+        self._uploads = torch.cuda.Stream(self.device) if self._on_gpu else None
         self._is_thing = {index: bool(category["isthing"]) for index, category in self._by_class.items()}
+        things = [self._is_thing.get(index, False) for index in range(1 + max(self._is_thing))]
+        self._thing_table = torch.tensor(things, device=self.device)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Predictor:
@@ -157,61 +171,155 @@ class Predictor:
     def prepare(self, image: ImageSource) -> PreparedImage:
         """Reads one image and resizes it; what is raised is raised here, before the model runs."""
         picture = read_image(image)
-        return PreparedImage(picture, image_to_tensor(picture))
+        if self._on_gpu:
+            width, height = resized_size(*picture.size)
+            return PreparedImage(picture, torch.from_numpy(np.array(picture)).pin_memory(), (height, width))
+        tensor = image_to_tensor(picture)
+        return PreparedImage(picture, tensor, (tensor.shape[1], tensor.shape[2]))
 
     @torch.inference_mode()
     def predict(self, prepared: Sequence[PreparedImage]) -> list[PanopticResult]:
         """The results of prepared images, in their order; none for none."""
-        by_shape: dict[torch.Size, list[int]] = {}
+        with torch.cuda.device(self.device if self._on_gpu else -1):  # whose streams and events are meant
+            return self._predict(prepared)
+
+    def _predict(self, prepared: Sequence[PreparedImage]) -> list[PanopticResult]:
+        by_size: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(prepared):
-            by_shape.setdefault(image.tensor.shape, []).append(index)
+            by_size.setdefault(image.size, []).append(index)
         results: dict[int, PanopticResult] = {}
-        for indices in by_shape.values():
+        finish: Callable[[], None] | None = None
+        for indices in by_size.values():
             for start in range(0, len(indices), self.batch_size):
-                batch = indices[start : start + self.batch_size]
-                results.update(zip(batch, self._forward([prepared[index] for index in batch]), strict=True))
+                started = self._start(prepared, indices[start : start + self.batch_size], results)
+                if finish is not None:
+                    finish()  # while the device computes the batch that was just started
+                finish = started
+        if finish is not None:
+            finish()
         return [results[index] for index in range(len(prepared))]
 
-    def _forward(self, batch: list[PreparedImage]) -> list[PanopticResult]:
+    def _start(
+        self, prepared: Sequence[PreparedImage], indices: list[int], results: dict[int, PanopticResult]
+    ) -> Callable[[], None]:
+        """Computes a batch; what is returned makes its results, once the device is done."""
+        batch = [prepared[index] for index in indices]
         self.model.compute_dtype = self.dtype  # another Predictor may share the model
-        samples = torch.stack([image.tensor for image in batch]).to(self.device)
-        if not self.panoptic:
+        samples = self._samples(batch)
+        if self._graphs is not None:
+            outputs = self._graphs(samples)
+        elif self.panoptic:
+            outputs = self.model(samples, select=self._select)
+        else:
             outputs = self.model(samples)
             outputs["selected"] = self._select(outputs["pred_logits"])
-        else:
-            outputs = self.model(samples, select=self._select)
-        return [self._result(image, outputs, index) for index, image in enumerate(batch)]
+        found = Download(outputs["selected"], outputs["pred_logits"].float(), outputs["pred_boxes"].float())
+        merged = self._merged(batch, outputs)
+
+        def finish() -> None:
+            selected, logits, boxes = found.tensors()
+            segments = merged()
+            for row, index in enumerate(indices):
+                kept = selected[row]
+                results[index] = self._result(prepared[index].image, logits[row, kept], boxes[row, kept], segments[row])
+
+        return finish
+
+    def _samples(self, batch: list[PreparedImage]) -> Tensor:
+        if self._uploads is None:
+            return torch.stack([image.tensor for image in batch])
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._uploads):
+            pictures = [image.tensor.to(self.device, non_blocking=True) for image in batch]
+        current.wait_stream(self._uploads)
+        for picture in pictures:
+            picture.record_stream(current)
+        return images_to_batch(pictures, device=self.device)
 
     def _select(self, pred_logits: Tensor) -> Tensor:
         """bool [B, Q]: the queries that count, from [B, Q, C+1]."""
         scores, labels = pred_logits.float().softmax(-1).max(-1)
         return (labels != pred_logits.shape[-1] - 1) & (scores > self.threshold)
 
-    def _result(self, image: PreparedImage, outputs: dict[str, Any], index: int) -> PanopticResult:
-        """The result of image `index` of a batch."""
-        kept = outputs["selected"][index]
-        logits = outputs["pred_logits"][index, kept].float()
+    def _result(self, image: Image.Image, logits: Tensor, boxes: Tensor, segments: Segments) -> PanopticResult:
+        """The result of one image from what its kept queries gave: logits [K, C+1] and boxes [K, 4], on the CPU."""
         scores, labels = logits.softmax(-1).max(-1)
-        width, height = image.image.size
-        x, y, w, h = outputs["pred_boxes"][index, kept].float().unbind(-1)
-        boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], dim=-1)
-        boxes *= boxes.new_tensor([width, height, width, height])
-        segmentation: np.ndarray | None = None
-        segments_info: list[dict[str, Any]] = []
-        if self.panoptic:
-            processed_size = (image.tensor.shape[1], image.tensor.shape[2])
-            segmentation, segments_info = self._merge(
-                outputs["pred_masks"][index], logits, processed_size, (height, width)
-            )
+        width, height = image.size
+        x, y, w, h = boxes.unbind(-1)
+        corners = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], dim=-1)
+        corners *= corners.new_tensor([width, height, width, height])
         return PanopticResult(
-            segmentation,
-            segments_info,
-            boxes.cpu().numpy(),
-            scores.cpu().numpy(),
-            labels.cpu().numpy(),
+            *segments,
+            corners.numpy(),
+            scores.numpy(),
+            labels.numpy(),
             categories=[self._by_class[label] for label in sorted({*self._named, *labels.tolist()})],
-            image=image.image,
+            image=image,
         )
+
+    def _merged(self, batch: list[PreparedImage], outputs: dict[str, Any]) -> Callable[[], list[Segments]]:
+        """Starts the merges of a batch; what is returned gives each image's ids int32 [H, W] and `segments_info`."""
+        if not self.panoptic:
+            return lambda: [(None, []) for _ in batch]
+        sizes = [(image.size, (image.image.height, image.image.width)) for image in batch]
+        if self._graphs is not None and self.mode == "corrected":
+            return self._merged_at_once(outputs, sizes)
+        logits = [
+            logits[kept].float() for logits, kept in zip(outputs["pred_logits"], outputs["selected"], strict=True)
+        ]
+        images = zip(outputs["pred_masks"], logits, sizes, strict=True)
+        merged: list[Segments] = [self._merge(masks, logits, *size) for masks, logits, size in images]
+        return lambda: merged
+
+    def _merged_at_once(
+        self, outputs: dict[str, Any], sizes: list[tuple[tuple[int, int], tuple[int, int]]]
+    ) -> Callable[[], list[Segments]]:
+        """The corrected merge of all images in one launch, without waiting for it."""
+        counts = [len(masks) for masks in outputs["pred_masks"]]
+        scores, labels = outputs["pred_logits"].float().softmax(-1).max(-1)
+        scores, labels = (x.flatten()[outputs["index"]] for x in (scores, labels))
+        processed, targets = ([side for size in sizes for side in size[k]] for k in (0, 1))
+        merge_kernel = torch.ops.detr_fast.panoptic_merge
+        found = Download(
+            *merge_kernel(
+                torch.cat(outputs["pred_masks"]), labels, self._thing_table, counts, processed, processed, targets, True
+            ),
+            scores,
+            labels,
+        )
+
+        def finish() -> list[Segments]:
+            ids, segment, area, box, score, label = found.tensors()
+            maps = ids.int().split([height * width for _, (height, width) in sizes])
+            per_image = zip(*(x.split(counts) for x in (segment, area, box, score, label)), strict=True)
+            return [
+                (map_.view(target).numpy(), self._describe(*queries))
+                for map_, queries, (_, target) in zip(maps, per_image, sizes, strict=True)
+            ]
+
+        return finish
+
+    def _describe(
+        self, segment: Tensor, area: Tensor, box: Tensor, score: Tensor, label: Tensor
+    ) -> list[dict[str, Any]]:
+        """`segments_info` from the segment's id [K] of each query, -1 for none, and its own pixels' area and box."""
+        segments_info = []
+        for number in range(1, int(segment.max()) + 1 if len(segment) else 1):
+            parts = segment == number
+            left, top = box[parts, :2].amin(0).tolist()
+            right, bottom = box[parts, 2:].amax(0).tolist()
+            category = int(label[parts][0])
+            segments_info.append(
+                {
+                    "id": number,
+                    "category_id": category,
+                    "isthing": self._is_thing[category],
+                    "score": float(score[parts].max()),
+                    "area": int(area[parts].sum()),
+                    "bbox": [left, top, right - left, bottom - top],
+                }
+            )
+        return segments_info
 
     def _merge(
         self, masks: Tensor, logits: Tensor, processed_size: tuple[int, int], target_size: tuple[int, int]
@@ -251,6 +359,25 @@ class Predictor:
         return segmentation, [{**info, "bbox": _tight_box(segmentation, info["id"])} for info in segments_info]
 
 
+class Download:
+    """Tensors on their way to the host, which need not wait for them until it wants them."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        on_gpu = tensors[0].is_cuda
+        # a graph's outputs are overwritten by the next batch: copied now, in the stream's order
+        self._tensors = [torch.empty_like(x, device="cpu", pin_memory=True) if on_gpu else x for x in tensors]
+        self._done = torch.cuda.Event() if on_gpu else None
+        if self._done is not None:
+            for target, source in zip(self._tensors, tensors, strict=True):
+                target.copy_(source, non_blocking=True)
+            self._done.record()
+
+    def tensors(self) -> list[Tensor]:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tensors
+
+
 def _unnamed(index: int) -> dict[str, Any]:
     """The category of a class that none of the model's is for, as 117 of the 250 panoptic ones: COCO left them out.
 
@@ -287,13 +414,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype that `Predictor` means by a name; "auto" is fp32, the one that changes nothing.
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that `Predictor` means by a name; "auto" is fp16 on a GPU, elsewhere fp32, which changes nothing.
 
     Raises:
         ValueError: none of the names and dtypes in `DTYPES`.
     """
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
     for name, resolved in DTYPES.items():
         if dtype in (name, resolved):
             return resolved
-    raise ValueError(f"dtype must be {', '.join(DTYPES)} or a torch.dtype of these, got {dtype!r}")
+    raise ValueError(f"dtype must be auto, {', '.join(DTYPES)} or a torch.dtype of these, got {dtype!r}")

@@ -101,6 +101,13 @@ class DETRsegm(nn.Module):
         out["pred_masks"] = torch.stack(masks) if selected is None else masks
         return out
 
+    def masks(self, queries: Tensor, image: Tensor, encoded: dict[str, Any]) -> Tensor:
+        """Mask logits [N,h,w] for queries [N,d] of the images `image`, int64 [N]."""
+        order = image.argsort(stable=True)
+        counts = image.bincount(minlength=len(encoded["src"])).tolist()
+        masks = self._masks(list(queries[order].split(counts)), encoded)
+        return torch.cat([part for part in masks if len(part)])[order.argsort()]
+
     def _masks(self, queries: list[Tensor], encoded: dict[str, Any]) -> list[Tensor]:
         """Mask logits [K_i,h,w] for each image's queries [K_i,d]."""
         if ops.is_plain("mask_head"):
