@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,19 @@ from torch import Tensor, nn
 
 from detr_fast import reference
 from detr_fast.cache import derived
+
+# Registers `torch.ops.detr_fast.*`. Only where they can be used: importing Triton takes a while.
+HAS_KERNELS = torch.cuda.is_available() and find_spec("triton") is not None
+if HAS_KERNELS:
+    from detr_fast.kernels import (  # noqa: F401
+        add_layer_norm as _,
+        attention as _,
+        attention_map as _,
+        bias_relu as _,
+        group_norm_relu_upsample as _,
+        mask_upsample as _,
+        panoptic_merge as _,
+    )
 
 T = TypeVar("T")
 
@@ -26,6 +41,7 @@ REWRITES = {
     "cache": "projections of positions and queries, and folded weights, kept between calls",
     "mask_head": "what a mask head shares between queries is computed once an image",
     "upsample_conv": "nearest x2 upsampling and 3x3 convolution as 2x2 convolutions at low resolution",
+    "kernels": "fused Triton kernels on a GPU",
 }
 
 _plain: frozenset[str] = frozenset()  # of the process, as torch.compile can read no context variable
@@ -56,6 +72,34 @@ def is_plain(name: str) -> bool:
 def kept(owner: nn.Module, name: str, key: Hashable, sources: Sequence[Tensor], build: Callable[[], T]) -> T:
     """`cache.derived`, or `build()` anew where the cache is switched off."""
     return build() if is_plain("cache") else derived(owner, name, key, sources, build)
+
+
+# ---- the device ----
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels compute with x: on a GPU, in the dtypes they have."""
+    return HAS_KERNELS and x.is_cuda and x.dtype in KERNEL_DTYPES and not is_plain("kernels")
+
+
+class Gpu(NamedTuple):
+    """What the choices below depend on.
+
+    Attributes:
+        tensor_cores: whether Triton's `tl.dot` uses them: sm_80 and newer, or AMD's CDNA.
+        multiprocessors: how many programs run side by side at least.
+    """
+
+    tensor_cores: bool
+    multiprocessors: int
+
+
+@cache
+def gpu(device: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(bool(torch.version.hip) or properties.major >= 8, properties.multi_processor_count)
 
 
 # ---- convolutions and linear layers ----
@@ -91,6 +135,11 @@ def conv2d(
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             residual, x, weight, bias, *geometry, "add", 1.0, "relu" if relu else None, [], None
         )
+    if bias is not None and uses_kernels(x) and not _trains(x, weight, bias, residual):
+        y = image_layout(F.conv2d(x, weight, None, stride, padding, dilation))
+        residual = None if residual is None else image_layout(residual)
+        torch.ops.detr_fast.bias_relu(y, bias, residual, relu)
+        return y
     y = F.conv2d(x, weight, bias, stride, padding, dilation)
     if residual is not None:
         y = y + residual
@@ -121,8 +170,12 @@ def _fuses_convolutions(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype in _ONEDNN_DTYPES
         and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not _trains(x, weight)
     )
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -175,12 +228,45 @@ def attention(
     """
     if k.shape[1] == 0:
         return torch.zeros_like(q)
+    if uses_kernels(q) and not dropout:
+        programs = q.shape[0] * nheads * -(-q.shape[1] // ATTENTION_ROWS)
+        if attention_choice(gpu(q.device), q.shape[-1] // nheads, programs, padding is not None).kernel:
+            return torch.ops.detr_fast.attention(q, k, v, nheads, padding)[0]
     q, k, v = (x.unflatten(-1, (nheads, -1)).transpose(1, 2) for x in (q, k, v))
     allowed = None if padding is None else ~padding[:, None, None, :]
     out = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
     if padding is not None:
         out = out.masked_fill(padding.all(1)[:, None, None, None], 0)
     return out.transpose(1, 2).flatten(-2)
+
+
+ATTENTION_HEAD_DIMS = (16, 32, 64)
+ATTENTION_ROWS = 64  # queries that one program of flash attention works on
+
+
+class Choice(NamedTuple):
+    """Whether a Triton kernel computes something, and why or why not."""
+
+    kernel: bool
+    reason: str
+
+
+def attention_choice(gpu: Gpu, head_dim: int, programs: int, padded: bool) -> Choice:
+    """Triton's attention or PyTorch's, for so many programs: images x heads x blocks of queries."""
+    if not gpu.tensor_cores:
+        return Choice(False, "Triton has no tensor cores below sm_80, and PyTorch's CUTLASS kernels do")
+    if head_dim not in ATTENTION_HEAD_DIMS:
+        return Choice(False, f"head_dim {head_dim} is none of {', '.join(map(str, ATTENTION_HEAD_DIMS))}")
+    if padded:
+        return Choice(True, "a padding mask keeps PyTorch from flash attention")
+    if programs < gpu.multiprocessors:
+        return Choice(True, f"keys are split: {programs} programs leave {gpu.multiprocessors} multiprocessors idle")
+    return Choice(False, "PyTorch's flash attention fills the device")
+
+
+def attention_maps(q: Tensor, k: Tensor, image: Tensor, nheads: int, padding: Tensor | None = None) -> Tensor:
+    """`attention_map` for the queries of several images at once: q [N,d], k [B,L,d], image int64 [N], padding [B,L]."""
+    return torch.ops.detr_fast.attention_map(q, k, image, nheads, padding)
 
 
 def attention_map(q: Tensor, k: Tensor, nheads: int, padding: Tensor | None = None) -> Tensor:
@@ -204,6 +290,8 @@ def attention_map(q: Tensor, k: Tensor, nheads: int, padding: Tensor | None = No
 
 # ---- normalisation ----
 
+LAYER_NORM_CHANNELS = 2048  # the widest row of Triton's kernel
+
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """norm(x), in the dtype of x [...,C]."""
@@ -212,11 +300,15 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 def add_layer_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
     """norm(x + update), in the dtype of the residual stream x [...,C]."""
+    if uses_kernels(x) and x.shape[-1] <= LAYER_NORM_CHANNELS:
+        return torch.ops.detr_fast.add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)
     return layer_norm(x + update, norm)
 
 
 def group_norm_relu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """relu(norm(x)) for x [N,C,H,W], which may be overwritten; statistics in float32 at least."""
+    if uses_kernels(x):
+        return group_norm_relu_upsample(x, norm, None, None, (x.shape[2], x.shape[3]))
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
     if x.device.type != "cpu" or x.dtype in (torch.bfloat16, torch.float16) or x.is_contiguous():
         return F.group_norm(x, norm.num_groups, weight, bias, norm.eps).relu_()
@@ -233,6 +325,24 @@ def group_norm_relu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     x = x.sub_(group_mean(x))
     scale = (group_mean(x * x) + norm.eps).rsqrt() * weight[:, None, None]
     return torch.addcmul(bias[:, None, None], x, scale).relu_()
+
+
+def group_norm_relu_upsample(
+    x: Tensor, norm: nn.GroupNorm, shared: Tensor | None, image: Tensor | None, size: tuple[int, int]
+) -> Tensor:
+    """relu(norm(x)), upsampled by "nearest", plus the feature map of each one's image.
+
+    Args:
+        x: [N,C,h,w].
+        shared: [B,C,*size], or None.
+        image: int64 [N], or None.
+        size: (height, width), for each n of h and w itself, or 2n or 2n - 1.
+
+    Returns: [N,C,*size].
+    """
+    height, width = size
+    arguments = (norm.weight, norm.bias, norm.num_groups, norm.eps, shared, image, height, width)
+    return torch.ops.detr_fast.group_norm_relu_upsample(x, *arguments)
 
 
 # ---- upsampling and convolution ----

@@ -23,6 +23,7 @@ Select = Callable[[Tensor], Tensor]
 # Queries are worked through in chunks whose largest feature map stays under this, so that the memory needed does not
 # grow with their number. Measured on 2 cores with 32 MiB of L3 at 800 x 1066: chunks of 4 take half the time of 15.
 CHUNK_BYTES = 16 * 2**20
+GPU_CHUNK_BYTES = 2**30  # the same on a GPU, where chunks only bound the memory
 
 
 class DETRsegm(nn.Module):
@@ -95,21 +96,38 @@ class DETRsegm(nn.Module):
             selected = None
         else:
             selected = out["selected"] = _checked_selection(select(out["pred_logits"]), out["pred_logits"])
-        hs = encoded["hs"][-1]
-        queries = list(hs) if selected is None else list(hs[selected].split(selected.sum(1).tolist()))
-        masks = self._masks(queries, encoded)
-        out["pred_masks"] = torch.stack(masks) if selected is None else masks
+        out["pred_masks"] = self._selected_masks(encoded, selected)
         return out
 
-    def masks(self, queries: Tensor, image: Tensor, encoded: dict[str, Any]) -> Tensor:
-        """Mask logits [N,h,w] for queries [N,d] of the images `image`, int64 [N]."""
-        order = image.argsort(stable=True)
-        counts = image.bincount(minlength=len(encoded["src"])).tolist()
-        masks = self._masks(list(queries[order].split(counts)), encoded)
-        return torch.cat([part for part in masks if len(part)])[order.argsort()]
+    def _selected_masks(self, encoded: dict[str, Any], selected: Tensor | None) -> Tensor | list[Tensor]:
+        """As `forward` returns them."""
+        hs = encoded["hs"][-1]
+        if ops.is_plain("mask_head") or not ops.uses_kernels(encoded["src"]):
+            if selected is None:
+                return torch.stack(self._image_by_image(list(hs), encoded))
+            return self._image_by_image(list(hs[selected].split(selected.sum(1).tolist())), encoded)
+        if selected is None:
+            image = torch.arange(hs.shape[0], device=hs.device).repeat_interleave(hs.shape[1])
+            return self.masks(hs.flatten(0, 1), image, encoded).unflatten(0, hs.shape[:2])
+        masks = self.masks(hs[selected], selected.nonzero()[:, 0], encoded)
+        return list(masks.split(selected.sum(1).tolist()))
 
-    def _masks(self, queries: list[Tensor], encoded: dict[str, Any]) -> list[Tensor]:
-        """Mask logits [K_i,h,w] for each image's queries [K_i,d]."""
+    def masks(self, queries: Tensor, image: Tensor, encoded: dict[str, Any]) -> Tensor:
+        """Mask logits [N,h,w] for queries [N,d] of the images `image`, int64 [N], all at once and never waiting for the
+        device: what a GPU runs, and a CUDA graph can record."""
+        src, padding = encoded["src"], encoded["mask"]
+        padding = None if padding is None else padding.flatten(1)
+        head, keys = self.mask_head, self.bbox_attention.keys(encoded["memory"])
+        lay1, levels = head.shared_lay1(src), head.adapted(encoded["features"][2::-1], src.dtype)
+        size = max(1, GPU_CHUNK_BYTES // max(level[0].numel() * level.element_size() for level in levels))
+        chunks = []
+        for some, own in zip(queries.split(size), image.split(size), strict=True):
+            maps = self.bbox_attention.batched_maps(some, keys, own, padding).unflatten(1, src.shape[-2:])
+            chunks.append(head.batched_queries(maps.permute(0, 3, 1, 2).to(src.dtype), own, lay1, levels))
+        return torch.cat(chunks)
+
+    def _image_by_image(self, queries: list[Tensor], encoded: dict[str, Any]) -> list[Tensor]:
+        """Mask logits [K_i,h,w] for each image's queries [K_i,d], a few at a time, for which a CPU's cache is enough."""
         if ops.is_plain("mask_head"):
             return self._plain_masks(queries, encoded)
         src, mask = encoded["src"], encoded["mask"]
@@ -174,6 +192,11 @@ class MHAttentionMap(nn.Module):
         """[K,L,heads] for queries [K,d] of one image, its keys [L,d] and padding bool [L]."""
         return ops.attention_map(ops.linear(self.q_linear, q) * self.normalize_fact, keys, self.num_heads, padding)
 
+    def batched_maps(self, q: Tensor, keys: Tensor, image: Tensor, padding: Tensor | None) -> Tensor:
+        """[N,L,heads] for queries [N,d] of the images `image`, int64 [N]; all images' keys and padding."""
+        q = ops.linear(self.q_linear, q.to(keys.dtype)) * self.normalize_fact
+        return ops.attention_maps(q, keys, image, self.num_heads, padding)
+
 
 class Shared(NamedTuple):
     """What all queries of an image add to the mask head's convolutions, biases included.
@@ -232,22 +255,29 @@ class MaskHeadSmallConv(nn.Module):
 
     def shared(self, x: Tensor, fpns: Sequence[Tensor]) -> Shared:
         """What does not depend on the query, from x [B,d,h,w] and fpns [B,C_i,h_i,w_i], coarse to fine."""
-        dtype = x.dtype
-        weight, bias = ops.weights(self.lay1, dtype)
-        lay1 = ops.wide_conv2d(ops.image_layout(x), weight[:, : self.context_dim], bias, padding=1)
         levels = []
+        layers = (self.lay3, self.lay4, self.lay5)
+        for adapted, layer in zip(self.adapted(fpns, x.dtype), layers, strict=True):
+            levels.append(ops.conv2d(adapted, *ops.weights(layer, x.dtype), padding=1))
+        return Shared(self.shared_lay1(x), (levels[0], levels[1], levels[2]))
+
+    def shared_lay1(self, x: Tensor) -> Tensor:
+        """What x [B,d,h,w] adds to lay1: [B,d+heads,h,w]."""
+        weight, bias = ops.weights(self.lay1, x.dtype)
+        return ops.wide_conv2d(ops.image_layout(x), weight[:, : self.context_dim], bias, padding=1)
+
+    def adapted(self, fpns: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """The feature maps [B,C_i,h_i,w_i], coarse to fine, in the channels of the convolutions that see them."""
         adapters = (self.adapter1, self.adapter2, self.adapter3)
-        for fpn, adapter, layer in zip(fpns, adapters, (self.lay3, self.lay4, self.lay5), strict=True):
-            adapted = ops.conv2d(ops.image_layout(fpn), *ops.weights(adapter, dtype))
-            levels.append(ops.conv2d(adapted, *ops.weights(layer, dtype), padding=1))
-        return Shared(lay1, (levels[0], levels[1], levels[2]))
+        return [
+            ops.conv2d(ops.image_layout(fpn), *ops.weights(adapter, dtype))
+            for fpn, adapter in zip(fpns, adapters, strict=True)
+        ]
 
     def queries(self, maps: Tensor, shared: Shared) -> Tensor:
         """Mask logits [K,H,W], float32 at least, from the attention maps [K,heads,h,w] of one image's queries."""
         dtype = maps.dtype
-        weight, _ = ops.weights(self.lay1, dtype)
-        x = ops.conv2d(ops.image_layout(maps), weight[:, self.context_dim :], None, padding=1).add_(shared.lay1)
-        x = ops.group_norm_relu(x, self.gn1)
+        x = ops.group_norm_relu(self._attention_lay1(maps).add_(shared.lay1), self.gn1)
         x = ops.group_norm_relu(ops.conv2d(x, *ops.weights(self.lay2, dtype), padding=1), self.gn2)
         layers = ((self.lay3, self.gn3), (self.lay4, self.gn4), (self.lay5, self.gn5))
         for (layer, norm), level in zip(layers, shared.levels, strict=True):
@@ -256,6 +286,31 @@ class MaskHeadSmallConv(nn.Module):
             x = ops.group_norm_relu(x, norm)
         x = ops.conv2d(x, *ops.weights(self.out_lay, dtype), padding=1)
         return x[:, 0].to(torch.promote_types(dtype, torch.float32))
+
+    def batched_queries(self, maps: Tensor, image: Tensor, lay1: Tensor, levels: Sequence[Tensor]) -> Tensor:
+        """Mask logits [N,H,W], float32 at least, from the attention maps [N,heads,h,w] of the images' queries.
+
+        Each normalisation is fused with what follows: upsampling, and the sum with the image's feature map.
+
+        Args:
+            image: int64 [N].
+            lay1: `shared_lay1`.
+            levels: `adapted`.
+        """
+        dtype = maps.dtype
+        x = ops.group_norm_relu(self._attention_lay1(maps) + lay1[image], self.gn1)
+        x = ops.conv2d(x, *ops.weights(self.lay2, dtype), padding=1)
+        layers = ((self.gn2, self.lay3), (self.gn3, self.lay4), (self.gn4, self.lay5))
+        for (norm, layer), level in zip(layers, levels, strict=True):
+            x = ops.group_norm_relu_upsample(x, norm, level, image, (level.shape[2], level.shape[3]))
+            x = ops.conv2d(x, *ops.weights(layer, dtype), padding=1)
+        x = ops.conv2d(ops.group_norm_relu(x, self.gn5), *ops.weights(self.out_lay, dtype), padding=1)
+        return x[:, 0].to(torch.promote_types(dtype, torch.float32))
+
+    def _attention_lay1(self, maps: Tensor) -> Tensor:
+        """What the attention maps [N,heads,h,w] add to lay1."""
+        weight, _ = ops.weights(self.lay1, maps.dtype)
+        return ops.conv2d(ops.image_layout(maps), weight[:, self.context_dim :], None, padding=1)
 
     def _phases(self, layer: nn.Conv2d, dtype: torch.dtype) -> Tensor:
         return ops.kept(

@@ -556,8 +556,10 @@ def attention_and_lse(
     q: Tensor, k: Tensor, v: Tensor, nheads: int, padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention`, and the log-sum-exp [B,heads,Q] of its scores in base 2, -inf where all is padding."""
-    out = reference.attention(q, k, v, nheads, padding).contiguous()
-    scores = _scores(q, k, nheads, padding).to(torch.promote_types(q.dtype, torch.float32))
+    dtype = q.dtype
+    q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))  # float16's scores can overflow
+    out = reference.attention(q, k, v, nheads, padding).to(dtype).contiguous()
+    scores = _scores(q, k, nheads, padding)
     return out, scores.logsumexp(-1) * LOG2_E.value
 
 

@@ -127,7 +127,7 @@ def test_predictor_through_graphs_finds_the_same(model: torch.nn.Module, thresho
     images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
     predictor = Predictor(model, device="cpu", threshold=threshold, batch_size=2)
     expected = predictor(images)
-    predictor._graphs = Graphs(model, predictor._select, Recorder())
+    predictor._graphs = Graphs(model, predictor.select, Recorder())
     for _ in range(3):
         for one, other in zip(predictor(images), expected, strict=True):
             assert [rounded(info) for info in one.segments_info] == [rounded(info) for info in other.segments_info]

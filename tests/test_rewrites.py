@@ -182,7 +182,7 @@ def test_nothing_reads_the_padding(model):
             torch.testing.assert_close(alone[name], batch[name][:1], rtol=0, atol=1e-5)
         encoded = model.detr.encode(samples)
         encoded["memory"] = torch.where(encoded["mask"][:, None], 1e3, encoded["memory"])
-        masks = torch.stack(model._masks(list(encoded["hs"][-1]), encoded))
+        masks = torch.stack(model._image_by_image(list(encoded["hs"][-1]), encoded))
     torch.testing.assert_close(masks, batch["pred_masks"], rtol=0, atol=1e-5)
 
 

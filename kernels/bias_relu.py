@@ -1,0 +1,157 @@
+"""What follows a convolution, fused: + bias, + residual, ReLU, and float16's largest number as a limit.
+
+PyTorch's convolutions on CUDA leave all of it to one kernel each: for a residual block's last convolution that is four
+passes over the map, 8 transfers a number. Here the map is read and written in place, and the residual read: 3. A few
+FLOP a number, so memory is all that counts.
+
+Everything is channels_last, so a program is a stretch of memory, and a number's channel its place modulo C.
+
+Source: He et al. 2016, figure 5, with the normalisation folded into the convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from detr_fast.kernels.build import Build
+
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+LARGEST = tl.constexpr(65504.0)  # of float16
+
+# Numbers a program, and its warps: 16 a thread are two 16-byte loads in flight in 16 bits. Untimed until a GPU is at
+# hand, and the same for all targets, as nothing but the transfers matters.
+BLOCK = 2048
+NUM_WARPS = 4
+
+
+@triton.jit
+def bias_relu_kernel(
+    x_ptr,
+    bias_ptr,
+    residual_ptr,
+    numel,
+    CHANNELS: tl.constexpr,
+    RELU: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK numbers of x [..., CHANNELS], in place."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = start + tl.arange(0, BLOCK)  # [BLOCK], a batch of maps can pass 2^31 numbers
+    mask = i < numel
+    first = 0 if BLOCK % CHANNELS == 0 else (start % CHANNELS).to(tl.int32)
+    channel = (first + tl.arange(0, BLOCK)) % CHANNELS  # [BLOCK]
+    y = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    y += tl.load(bias_ptr + channel).to(tl.float32)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        y = tl.where(y < 0, 0.0, y)  # as torch's ReLU, and unlike a maximum, this keeps NaN
+    if LIMIT:
+        y = tl.where(y > LARGEST, LARGEST, y)
+        y = tl.where(y < -LARGEST, -LARGEST, y)
+    tl.store(x_ptr + i, y.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> None:
+    """Runs the kernel. Arguments and errors as `bias_relu`'s."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be of one of {list(DTYPES)}, got {x.dtype}")
+    _check(x, bias, residual)
+    if x.numel() == 0:
+        return
+    with torch.cuda.device_of(x):
+        bias_relu_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            *(x, bias.contiguous(), residual, x.numel()),
+            CHANNELS=x.shape[1],
+            RELU=relu,
+            LIMIT=x.dtype == torch.float16,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+
+
+def _check(x: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"x must be channels_last [N,C,H,W], got {list(x.shape)} with strides {list(x.stride())}")
+    if bias.shape != x.shape[1:2]:
+        raise ValueError(f"bias must be [{x.shape[1]}], got {list(bias.shape)}")
+    if residual is not None and (
+        residual.shape != x.shape or not residual.is_contiguous(memory_format=torch.channels_last)
+    ):
+        raise ValueError(
+            f"residual must be channels_last {list(x.shape)}, "
+            f"got {list(residual.shape)} with strides {list(residual.stride())}"
+        )
+
+
+@torch.library.custom_op("detr_fast::bias_relu", mutates_args=("x",))
+def bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> None:
+    """x <- x + bias + residual, then its ReLU where `relu`, in float32 at least; float16 stays within its range.
+
+    Not differentiable: it overwrites what a gradient would need.
+
+    Args:
+        x: [N,C,H,W], channels_last.
+        bias: [C].
+        residual: as x, or None.
+
+    Raises:
+        TypeError, ValueError: a dtype, a shape or a layout other than these.
+    """
+    _check(x, bias, residual)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(dtype) + bias.to(dtype)[:, None, None]
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = y.relu()
+    if x.dtype == torch.float16:
+        y = y.clamp(-LARGEST.value, LARGEST.value)
+    x.copy_(y)
+
+
+@bias_relu.register_fake
+def _(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> None:
+    return None
+
+
+bias_relu.register_kernel("cuda")(launch_bias_relu)
+
+
+# ---- builds ----
+
+# (channels, residual, ReLU): a ResNet's stem, a block's last convolution, its shortcut
+LAYERS = ((64, False, True), (256, True, True), (2048, False, False))
+
+
+def builds(target: int | str) -> list[Build]:
+    """Every kind of layer of a ResNet-50."""
+    found = []
+    for dtype, kind in DTYPES.items():
+        if kind == "bf16" and isinstance(target, int) and target < 80:
+            continue
+        for channels, residual, relu in LAYERS:
+            constexprs: dict[str, Any] = {
+                "CHANNELS": channels,
+                "RELU": relu,
+                "LIMIT": dtype == torch.float16,
+                "BLOCK": BLOCK,
+            }
+            if not residual:
+                constexprs["residual_ptr"] = None
+            pointers = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr"), f"*{kind}")
+            signature = {
+                name: "constexpr" if name in constexprs else pointers.get(name, "i32")
+                for name in bias_relu_kernel.arg_names
+            }
+            # channels of ResNets are multiples of 16, and so is the number of numbers
+            aligned = (*(name for name, type_ in signature.items() if type_.startswith("*")), "numel")
+            name = f"{kind}-{channels}{'-residual' if residual else ''}"
+            found.append(Build(name, bias_relu_kernel, signature, constexprs, NUM_WARPS, 3, aligned, False))
+    return found
