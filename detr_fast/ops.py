@@ -401,23 +401,54 @@ def phase_kernels(weight: Tensor) -> Tensor:
 # ---- what runs here ----
 
 
-def explain() -> list[tuple[str, str, str]]:
-    """(operation, what computes it here, why) for each operation, from facts that do not depend on the input."""
+def explain(gpu: Gpu | None) -> list[tuple[str, str, str]]:
+    """(operation, what computes it, why) for each operation on a CPU, or on a GPU; from facts other than the input."""
+    shared = [
+        ("frozen batch norm", "folded into the convolution", "exact, and kept until a weight changes"),
+        ("positions", "projected once a shape", "they depend on nothing but the size and the weights"),
+        ("mask head", "kept queries, shared parts once an image", "normalisation is per query, convolution linear"),
+    ]
+    return shared + (_explain_cpu() if gpu is None else _explain_gpu(gpu))
+
+
+def _explain_cpu() -> list[tuple[str, str, str]]:
     onednn = (
         ("oneDNN, fused", "bias, residual sum and ReLU are added before the result is written")
         if _ONEDNN
         else ("PyTorch", "this build of PyTorch has no oneDNN")
     )
-    cuda = torch.cuda.is_available()
-    device = "CUDA" if cuda else "CPU"
     return [
-        ("convolution (CPU)", *onednn),
-        ("frozen batch norm", "folded into the convolution", "exact, and kept until a weight changes"),
-        ("attention", f"PyTorch SDPA on {device}", "flash attention; weights are never returned"),
-        ("padded tokens (CPU)", "dropped", "attention then needs no mask"),
+        ("convolution", *onednn),
+        ("attention", "PyTorch SDPA", "flash attention; weights are never returned"),
+        ("padded tokens", "dropped", "attention then needs no mask"),
         ("attention map", "PyTorch", "float32 softmax over heads and positions"),
-        ("group norm + ReLU (CPU)", "two-pass sums in NHWC", "PyTorch's NHWC kernel takes E[x^2] - E[x]^2"),
+        ("residual + LayerNorm", "PyTorch", "Triton needs a GPU"),
+        ("group norm + ReLU", "two-pass sums in NHWC", "PyTorch's NHWC kernel takes E[x^2] - E[x]^2"),
         ("upsample + convolution", "2x2 convolutions at low resolution", "16 of 36 multiplications remain"),
-        ("mask head", "kept queries, shared halves once an image", "normalisation is per query, convolution linear"),
-        ("panoptic merge", "kept pixels only", "NEAREST resizing reads no others"),
+        ("mask upsampling", "PyTorch, some queries at a time", "memory stays bounded"),
+        ("panoptic merge", "PyTorch, kept pixels only", "NEAREST resizing reads no others"),
+    ]
+
+
+def _explain_gpu(gpu: Gpu) -> list[tuple[str, str, str]]:
+    if not HAS_KERNELS:
+        return [("all operations", "PyTorch", "Triton is not installed")]
+    memory = "bound by memory, and fused"
+    padded, alone, large = (
+        attention_choice(gpu, 32, programs, padding)
+        for programs, padding in ((1, True), (1, False), (gpu.multiprocessors, False))
+    )
+    return [
+        ("convolution", "cuDNN", "tensor cores, and its own choice of algorithm"),
+        ("bias + residual + ReLU", "Triton", memory),
+        *(
+            (f"attention, {case}", "Triton" if choice.kernel else "PyTorch SDPA", choice.reason)
+            for case, choice in (("padded", padded), ("small batch", alone), ("large batch", large))
+        ),
+        ("attention map", "Triton", memory),
+        ("residual + LayerNorm", "Triton", memory),
+        ("group norm + ReLU + upsample + sum", "Triton", memory),
+        ("mask upsampling", "Triton", "straight to bytes, all images at once"),
+        ("panoptic merge", "Triton", "all images at once, no wait for the device in between"),
+        ("launches", "CUDA graphs", "one for each shape and bucket of kept queries, in Predictor"),
     ]

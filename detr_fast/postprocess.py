@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,13 +17,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from detr_fast.merge import IsThing, argmax_of_planes, pair, panoptic_merge, take, upstream_panoptic_merge
+from detr_fast import ops
+from detr_fast.merge import (
+    IsThing,
+    argmax_of_planes,
+    is_thing,
+    pair,
+    panoptic_merge,
+    take,
+    upstream_panoptic_merge,
+)
 
 __all__ = [
     "PostProcess",
     "PostProcessPanoptic",
     "PostProcessSegm",
     "SemanticSegmentation",
+    "binary_masks",
     "id_to_rgb",
     "panoptic_merge",
     "post_process",
@@ -162,14 +172,58 @@ def _add_masks(
     processed = _sizes("max_target_sizes", max_sizes, len(masks))
     if len(results) != len(masks):
         raise ValueError(f"results must have {len(masks)} entries, one for each image, got {len(results)}")
-    padded = tuple(max(side) for side in zip(*processed, strict=True))
+    padded = (max(height for height, _ in processed), max(width for _, width in processed))
+    if ops.uses_kernels(masks):
+        for result, binary in zip(results, _masks_at_once(masks, padded, processed, originals, threshold), strict=True):
+            result["masks"] = binary.unsqueeze(1)
+        return results
     for result, logits, source, target in zip(results, masks, processed, originals, strict=True):
-        rows, columns = (_nearest(*sides, masks.device) for sides in zip(source, target, strict=True))
-        chunks = logits.split(max(1, MASK_CHUNK // math.prod(padded)))
-        large = (F.interpolate(chunk[None], size=padded, mode="bilinear", align_corners=False)[0] for chunk in chunks)
-        picked = [(mask.sigmoid() > threshold)[:, rows[:, None], columns].byte().cpu() for mask in large]
-        result["masks"] = torch.cat(picked).unsqueeze(1)
+        result["masks"] = torch.cat([part.cpu() for part in binary_masks(logits, padded, source, target, threshold)])
+        result["masks"] = result["masks"].unsqueeze(1)
     return results
+
+
+def _masks_at_once(
+    masks: Tensor,
+    padded: tuple[int, int],
+    processed: list[tuple[int, int]],
+    targets: list[tuple[int, int]],
+    threshold: float,
+) -> list[Tensor]:
+    """The binary masks [Q,H,W] of all images from one kernel, on the CPU."""
+    counts = [masks.shape[1]] * len(masks)
+    flat = torch.ops.detr_fast.mask_upsample(
+        masks.flatten(0, 1), counts, list(padded), _flat(processed), _flat(targets), threshold
+    ).cpu()
+    parts = flat.split([count * math.prod(size) for count, size in zip(counts, targets, strict=True)])
+    return [part.view(-1, *size) for part, size in zip(parts, targets, strict=True)]
+
+
+def _flat(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    return [side for size in sizes for side in size]
+
+
+def binary_masks(
+    logits: Tensor,
+    padded_size: tuple[int, int],
+    processed_size: tuple[int, int],
+    target_size: tuple[int, int],
+    threshold: float = 0.5,
+) -> Iterator[Tensor]:
+    """`PostProcessSegm` of one image, some queries at a time: each part is uint8 [k,H,W], on the logits' device.
+
+    Arguments:
+        logits: mask logits [Q,h,w] over the padded image.
+        padded_size: (height, width) of the batch that the model saw.
+        processed_size: (height, width) of this image in it, at its top left.
+        target_size: (height, width) of the masks.
+        threshold: least probability of a pixel in a mask, exclusive.
+    """
+    rows, columns = (_nearest(*sides, logits.device) for sides in zip(processed_size, target_size, strict=True))
+    largest = max(math.prod(padded_size), math.prod(target_size))
+    for chunk in logits.split(max(1, MASK_CHUNK // largest)):
+        large = F.interpolate(chunk[None], size=padded_size, mode="bilinear", align_corners=False)[0]
+        yield (large.sigmoid() > threshold)[:, rows[:, None], columns].byte()
 
 
 def _nearest(size_in: int, size_out: int, device: torch.device) -> Tensor:
@@ -353,25 +407,66 @@ def post_process_panoptic_segmentation(
     count = len(logits)
     sizes = [None] * count if target_sizes is None else _sizes("target_sizes", target_sizes, count)
     fuse = set() if label_ids_to_fuse is None else set(label_ids_to_fuse)
+    kept = _kept_queries(logits, masks, threshold, sizes)
+    if ops.uses_kernels(masks):
+        thresholds = (mask_threshold, overlap_mask_area_threshold)
+        return _weighted_merges_at_once(kept, fuse, tuple(masks.shape[-2:]), thresholds)
+    return [
+        _weighted_merge(*image, fuse, tuple(masks.shape[-2:]), mask_threshold, overlap_mask_area_threshold)
+        for image in kept
+    ]
+
+
+def _weighted_merge(
+    masks: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    size: tuple[int, int] | None,
+    fuse: set[int],
+    given: tuple[int, ...],
+    mask_threshold: float,
+    overlap_threshold: float,
+) -> dict[str, Any]:
+    """One image's result from its kept queries; `size` None keeps the masks' `given` one."""
+    if len(masks) == 0:
+        return {"segmentation": torch.full(size or given, -1.0), "segments_info": []}
+    weighted = masks.sigmoid()
+    if size is not None:
+        weighted = F.interpolate(weighted[None], size=size, mode="bilinear", align_corners=False)[0]
+    weighted *= scores[:, None, None]
+    winners = argmax_of_planes(weighted, len(weighted))
+    won = torch.bincount(winners.flatten(), minlength=len(weighted))
+    own = torch.stack([(mask >= mask_threshold).sum() for mask in weighted])
+    # 0 / 0 is NaN, which is above nothing; the quotient is float32, so that 4 / 5 is above 0.8
+    large = ((own > 0) & (won > 0)).tolist()
+    ratios = (won / own).tolist()
+    accepted = [ok and ratio > overlap_threshold for ok, ratio in zip(large, ratios, strict=True)]
+    ids, segments = _number_segments(accepted, scores.tolist(), labels.tolist(), fuse)
+    return {"segmentation": take(torch.tensor(ids, device=winners.device), winners), "segments_info": segments}
+
+
+def _weighted_merges_at_once(
+    kept: list[tuple[Any, ...]], fuse: set[int], given: tuple[int, ...], thresholds: tuple[float, float]
+) -> list[dict[str, Any]]:
+    """`_weighted_merge` of all images by kernels that wait for the device once."""
+    masks, scores, labels = (torch.cat(parts) for parts in list(zip(*kept, strict=True))[:3])
+    sizes = [size or given for *_, size in kept]
+    counts = [len(image[0]) for image in kept]
+    classes = labels.tolist()
+    table = torch.tensor([c in fuse for c in range(max(classes, default=0) + 1)], device=masks.device)
+    ids, segment, *_ = torch.ops.detr_fast.weighted_merge(
+        masks, scores, labels, table, counts, _flat(sizes), *thresholds
+    )
+    per_image = zip(*(torch.split(x, counts) for x in (segment.cpu(), scores.cpu(), labels.cpu())), strict=True)
     results = []
-    for kept, scores, labels, size in _kept_queries(logits, masks, threshold, sizes):
-        if len(kept) == 0:
-            results.append({"segmentation": torch.full(size or masks.shape[-2:], -1.0), "segments_info": []})
+    maps = ids.split([math.prod(size) for size in sizes])
+    for map_, size, (numbers, score, label) in zip(maps, sizes, per_image, strict=True):
+        if len(numbers) == 0:
+            results.append({"segmentation": torch.full(size, -1.0), "segments_info": []})
             continue
-        weighted = kept.sigmoid()
-        if size is not None:
-            weighted = F.interpolate(weighted[None], size=size, mode="bilinear", align_corners=False)[0]
-        weighted *= scores[:, None, None]
-        winners = argmax_of_planes(weighted, len(weighted))
-        won = torch.bincount(winners.flatten(), minlength=len(weighted))
-        own = torch.stack([(mask >= mask_threshold).sum() for mask in weighted])
-        # 0 / 0 is NaN, which is above nothing; the quotient is float32, so that 4 / 5 is above 0.8
-        large = ((own > 0) & (won > 0)).tolist()
-        ratios = (won / own).tolist()
-        accepted = [ok and ratio > overlap_mask_area_threshold for ok, ratio in zip(large, ratios, strict=True)]
-        ids, segments = _number_segments(accepted, scores.tolist(), labels.tolist(), fuse)
-        segmentation = take(torch.tensor(ids, device=winners.device), winners)
-        results.append({"segmentation": segmentation, "segments_info": segments})
+        accepted = [number > 0 for number in numbers.tolist()]
+        _, segments = _number_segments(accepted, score.tolist(), label.tolist(), fuse)
+        results.append({"segmentation": map_.view(size).int(), "segments_info": segments})
     return results
 
 
@@ -467,16 +562,49 @@ def _panoptic(
     _probability("threshold", threshold)
     processed = _sizes("processed_sizes", processed_sizes, len(logits))
     targets = processed if target_sizes is None else _sizes("target_sizes", target_sizes, len(logits))
-    results = []
-    pairs = list(zip(processed, targets, strict=True))
-    for kept, scores, labels, (source, target) in _kept_queries(logits, masks, threshold, pairs):
-        ids, segments = upstream_panoptic_merge(
-            kept, scores, labels, processed_size=source, target_size=target, isthing=isthing
+    kept = _kept_queries(logits, masks, threshold, list(zip(processed, targets, strict=True)))
+    if ops.uses_kernels(masks):
+        merged = _upstream_merges_at_once(kept, isthing)
+    else:
+        merged = [
+            upstream_panoptic_merge(*image, processed_size=source, target_size=target, isthing=isthing)
+            for *image, (source, target) in kept
+        ]
+    return [{"png_string": _png(ids), "segments_info": segments} for ids, segments in merged]
+
+
+def _upstream_merges_at_once(
+    kept: list[tuple[Any, ...]], isthing: IsThing
+) -> list[tuple[Tensor, list[dict[str, Any]]]]:
+    """`upstream_panoptic_merge` of all images by kernels that wait for the device once."""
+    masks, _, labels = (torch.cat(parts) for parts in list(zip(*kept, strict=True))[:3])
+    counts = [len(image[0]) for image in kept]
+    processed, targets = zip(*(sizes for *_, sizes in kept), strict=True)
+    classes = labels.tolist()
+    things = {c: is_thing(isthing, c) for c in set(classes)}
+    table = torch.tensor([bool(things.get(c)) for c in range(max(classes, default=0) + 1)], device=masks.device)
+    sizes = _flat(processed)
+    merge = torch.ops.detr_fast.panoptic_merge
+    ids, *queries = merge(masks, labels, table, counts, sizes, sizes, _flat(targets), False)
+    segment, area, label = (x.cpu().split(counts) for x in (*queries[:2], labels))
+    maps = ids.int().split([math.prod(size) for size in targets])
+    return [
+        (
+            map_.view(size),
+            [
+                {"id": i, "isthing": things[c], "category_id": c, "area": a}
+                for i, c, a in zip(*(x.tolist() for x in image), strict=True)
+                if i >= 0
+            ],
         )
-        with io.BytesIO() as file:
-            Image.fromarray(id_to_rgb(ids.cpu().numpy())).save(file, format="PNG")
-            results.append({"png_string": file.getvalue(), "segments_info": segments})
-    return results
+        for map_, size, *image in zip(maps, targets, segment, label, area, strict=True)
+    ]
+
+
+def _png(ids: Tensor) -> bytes:
+    with io.BytesIO() as file:
+        Image.fromarray(id_to_rgb(ids.cpu().numpy())).save(file, format="PNG")
+        return file.getvalue()
 
 
 # ---- ids as colours ----

@@ -255,7 +255,7 @@ def test_info_says_versions_and_choices() -> None:
     code, out, err = detr_fast("info")
     assert (code, err) == (0, "")
     assert f"torch {torch.__version__}" in out
-    for operation, choice, reason in ops.explain():
+    for operation, choice, reason in ops.explain(None):
         assert f"{operation}: {choice} ({reason})" in out
 
 

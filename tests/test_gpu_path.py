@@ -44,7 +44,7 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001
         if function.namespace == "detr_fast":
             self.counts[function.name().removeprefix("detr_fast::")] += 1
         return function(*args, **(kwargs or {}))
@@ -117,7 +117,9 @@ def test_which_operations_run(model, sizes, gpu, request):
     assert calls.counts["add_layer_norm"] == 2 * CONFIG.enc_layers + 3 * CONFIG.dec_layers
     assert calls.counts["attention_map"] == 1
     assert calls.counts["group_norm_relu_upsample"] == 5
-    assert calls.counts["bias_relu"] == 53 + 1 + 1 + 3 + 5  # ResNet-50, the projection, lay1, adapters, the other layers
+    assert (
+        calls.counts["bias_relu"] == 53 + 1 + 1 + 3 + 5
+    )  # ResNet-50, the projection, lay1, adapters, the other layers
     with torch.no_grad(), ops.plain("kernels"), Calls() as calls:
         model(images(sizes))
     assert not calls.counts
@@ -208,3 +210,14 @@ def test_detection_alone(gpu):
             plain = model(samples)
     for name in ("pred_logits", "pred_boxes"):
         torch.testing.assert_close(fast[name], plain[name], rtol=0, atol=1e-5)
+
+
+def test_info_explains_each_kind_of_gpu(monkeypatch):
+    monkeypatch.setattr(ops, "HAS_KERNELS", True)
+    volta, modern = ({name: choice for name, choice, _ in ops.explain(kind)} for kind in (VOLTA, MODERN))
+    assert volta.keys() == modern.keys()
+    assert {name for name in volta if volta[name] != modern[name]} == {"attention, padded", "attention, small batch"}
+    assert volta["attention, padded"] == "PyTorch SDPA" and modern["attention, padded"] == "Triton"
+    assert volta["panoptic merge"] == volta["group norm + ReLU + upsample + sum"] == "Triton"
+    monkeypatch.setattr(ops, "HAS_KERNELS", False)
+    assert ("all operations", "PyTorch", "Triton is not installed") in ops.explain(MODERN)

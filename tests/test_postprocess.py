@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from PIL import Image
 from torch import Tensor
 
-from detr_fast import merge, postprocess, reference
+from detr_fast import merge, ops, postprocess, reference
+from detr_fast.kernels import mask_upsample, panoptic_merge  # noqa: F401
 from detr_fast.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm, id_to_rgb, rgb_to_id
 from postprocess_cases import CASES, Case, is_thing, make
 
@@ -44,6 +45,13 @@ def upstream() -> Any:
     return DetrImageProcessorPil()
 
 
+@pytest.fixture(params=["PyTorch", "kernels"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU runs; or what a GPU runs, with the operations' CPU definitions in place of the kernels."""
+    if request.param == "kernels":
+        monkeypatch.setattr(ops, "uses_kernels", lambda x: x.dtype in ops.KERNEL_DTYPES)
+
+
 def decode(png: bytes) -> np.ndarray:
     image = Image.open(io.BytesIO(png))
     assert image.mode == "RGB"
@@ -60,6 +68,7 @@ def near_ties(masks: Tensor, padded: Any, processed: Any, target: Any) -> Tensor
 # ---- panoptic PNGs, as recorded from upstream ----
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", CASES)
 def test_panoptic_png_is_upstreams(recorded: tuple[bool, dict[str, np.ndarray]], name: str) -> None:
     is_facebook, arrays = recorded
@@ -79,6 +88,7 @@ def test_panoptic_png_is_upstreams(recorded: tuple[bool, dict[str, np.ndarray]],
         assert [list(segment.items()) for segment in result["segments_info"]] == [list(s.items()) for s in expected]
 
 
+@pytest.mark.usefixtures("path")
 def test_panoptic_png_without_target_sizes(recorded: tuple[bool, dict[str, np.ndarray]]) -> None:
     is_facebook, arrays = recorded
     case = CASES["stuff"]
@@ -96,6 +106,7 @@ def test_panoptic_png_without_target_sizes(recorded: tuple[bool, dict[str, np.nd
 # ---- boxes and masks, as recorded from upstream ----
 
 
+@pytest.mark.usefixtures("path")
 def test_boxes_and_masks_are_upstreams(recorded: tuple[bool, dict[str, np.ndarray]]) -> None:
     is_facebook, arrays = recorded
     case = CASES["stuff"]
@@ -121,6 +132,7 @@ def check_recorded(results: list[dict[str, Tensor]], arrays: dict[str, np.ndarra
             torch.testing.assert_close(value, expected, **tolerance)
 
 
+@pytest.mark.usefixtures("path")
 def test_5d_masks_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["up"]
     sizes = torch.tensor(case.target_sizes), torch.tensor(case.processed_sizes)
@@ -158,6 +170,7 @@ def compare(upstream: Any, call: str, case: Case, **arguments: Any) -> list[Any]
     return ours
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", CASES)
 def test_equals_transformers(upstream: Any, name: str) -> None:
     case = CASES[name]
@@ -183,6 +196,7 @@ def test_semantic_scores(upstream: Any) -> None:
         assert torch.equal(one.segmentation_scores, other["segmentation_scores"])
 
 
+@pytest.mark.usefixtures("path")
 def test_an_id_is_shared_after_a_fused_repeat(upstream: Any) -> None:
     case = make(0, [[93, 1, 93, 2, 3, 93]], [(30, 41)])
     arguments = {"overlap_mask_area_threshold": 0.1, "mask_threshold": 0.3, "label_ids_to_fuse": {93}}
@@ -191,6 +205,7 @@ def test_an_id_is_shared_after_a_fused_repeat(upstream: Any) -> None:
     assert len({i for i, _ in ids}) < len(ids)  # the quirk is exercised
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", ["stuff", "noise"])
 def test_overlaps_are_transformers(upstream: Any, name: str) -> None:
     for overlap in np.linspace(0.02, 0.98, 25).tolist():
@@ -198,6 +213,7 @@ def test_overlaps_are_transformers(upstream: Any, name: str) -> None:
         compare(upstream, "post_process_panoptic_segmentation", CASES[name], **arguments)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(("won", "overlap", "kept"), [(4, 0.8, [1, 2]), (5, 0.5, [2]), (5, 0.49, [1, 2])])
 def test_an_overlap_of_exactly_the_threshold(upstream: Any, won: int, overlap: float, kept: list[int]) -> None:
     """The quotient must be above; 4 / 5 is above 0.8 in float32, and would not be in float64."""
