@@ -125,7 +125,15 @@ def kernel(op: str, file: str | None = None) -> Callable[..., Any]:
 
 
 def all_cases(scale: Scale = REAL) -> list[Case]:
-    families = (attention, attention_map, group_norm_relu_upsample, add_layer_norm, mask_upsample, panoptic_merge)
+    families = (
+        attention,
+        attention_map,
+        group_norm_relu_upsample,
+        bias_relu,
+        add_layer_norm,
+        mask_upsample,
+        panoptic_merge,
+    )
     return [case for family in families for case in family(scale)]
 
 
@@ -334,6 +342,49 @@ def plain_group_norm(
     if shared is None:
         return y
     return F.interpolate(y, size=(height, width)) + shared[image]
+
+
+def bias_relu(s: Scale) -> Iterator[Case]:
+    one, some, many = s.batches
+    # (channels, stride, residual): the last convolutions of a ResNet-50's first and third stage, and its stem
+    block, deep, stem = (s.dim, 4, True), (4 * s.dim, 16, True), (s.dim // 4, 2, False)
+    for batch, layer, dtype in (
+        (some, block, HALF),
+        (some, deep, HALF),
+        (some, stem, HALF),
+        (one, block, HALF),
+        (many, block, HALF),
+        (some, block, BRAIN),
+        (some, block, SINGLE),
+    ):
+        yield bias_relu_case(s, batch, layer, dtype)
+
+
+def bias_relu_case(s: Scale, batch: int, layer: tuple[int, int, bool], dtype: torch.dtype) -> Case:
+    channels, stride, residual = layer
+    size = s.level(stride)
+    numbers = batch * channels * math.prod(size)
+
+    def inputs(draw: Draw) -> tuple[Any, ...]:
+        x, more = (draw.image_layout(batch, channels, *size, dtype=dtype) for _ in range(2))
+        return x, draw.normal(channels, dtype=dtype), more if residual else None, True
+
+    return Case(
+        op="bias_relu",
+        name=f"{channels} x {'x'.join(map(str, size))}{', residual' if residual else ''}, B {batch}, {NAMES[dtype]}",
+        batch=batch,
+        inputs=inputs,
+        ours=kernel("bias_relu"),
+        plain=plain_bias_relu,
+        bytes=(2 + residual) * numbers * dtype.itemsize,
+        flops=(2 + residual) * numbers,
+        dtype=dtype,
+    )
+
+
+def plain_bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    y = x + bias[:, None, None]
+    return (y if residual is None else y + residual).relu()
 
 
 def add_layer_norm(s: Scale) -> Iterator[Case]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
 
@@ -21,15 +22,16 @@ from detr_fast.cache import derived
 # Registers `torch.ops.detr_fast.*`. Only where they can be used: importing Triton takes a while.
 HAS_KERNELS = torch.cuda.is_available() and find_spec("triton") is not None
 if HAS_KERNELS:
-    from detr_fast.kernels import (  # noqa: F401
-        add_layer_norm as _,
-        attention as _,
-        attention_map as _,
-        bias_relu as _,
-        group_norm_relu_upsample as _,
-        mask_upsample as _,
-        panoptic_merge as _,
-    )
+    for _name in (
+        "add_layer_norm",
+        "attention",
+        "attention_map",
+        "bias_relu",
+        "group_norm_relu_upsample",
+        "mask_upsample",
+        "panoptic_merge",
+    ):
+        import_module(f"detr_fast.kernels.{_name}")
 
 T = TypeVar("T")
 
@@ -138,8 +140,7 @@ def conv2d(
     if bias is not None and uses_kernels(x) and not _trains(x, weight, bias, residual):
         y = image_layout(F.conv2d(x, weight, None, stride, padding, dilation))
         residual = None if residual is None else image_layout(residual)
-        torch.ops.detr_fast.bias_relu(y, bias, residual, relu)
-        return y
+        return torch.ops.detr_fast.bias_relu(y, bias, residual, relu)
     y = F.conv2d(x, weight, bias, stride, padding, dilation)
     if residual is not None:
         y = y + residual

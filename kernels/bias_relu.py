@@ -1,7 +1,7 @@
 """What follows a convolution, fused: + bias, + residual, ReLU, and float16's largest number as a limit.
 
 PyTorch's convolutions on CUDA leave all of it to one kernel each: for a residual block's last convolution that is four
-passes over the map, 8 transfers a number. Here the map is read and written in place, and the residual read: 3. A few
+passes over the map, 8 transfers a number. Here the map and the residual are read and the outcome is written: 3. A few
 FLOP a number, so memory is all that counts.
 
 Everything is channels_last, so a program is a stretch of memory, and a number's channel its place modulo C.
@@ -34,13 +34,14 @@ def bias_relu_kernel(
     x_ptr,
     bias_ptr,
     residual_ptr,
+    out_ptr,
     numel,
     CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK numbers of x [..., CHANNELS], in place."""
+    """BLOCK numbers of x [..., CHANNELS]."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = start + tl.arange(0, BLOCK)  # [BLOCK], a batch of maps can pass 2^31 numbers
     mask = i < numel
@@ -55,25 +56,27 @@ def bias_relu_kernel(
     if LIMIT:
         y = tl.where(y > LARGEST, LARGEST, y)
         y = tl.where(y < -LARGEST, -LARGEST, y)
-    tl.store(x_ptr + i, y.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + i, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> None:
-    """Runs the kernel. Arguments and errors as `bias_relu`'s."""
+def launch_bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """Runs the kernel. Arguments, outcome and errors as `bias_relu`'s."""
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be of one of {list(DTYPES)}, got {x.dtype}")
     _check(x, bias, residual)
-    if x.numel() == 0:
-        return
+    out = torch.empty_like(x)
+    if out.numel() == 0:
+        return out
     with torch.cuda.device_of(x):
         bias_relu_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            *(x, bias.contiguous(), residual, x.numel()),
+            *(x, bias.contiguous(), residual, out, x.numel()),
             CHANNELS=x.shape[1],
             RELU=relu,
             LIMIT=x.dtype == torch.float16,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )
+    return out
 
 
 def _check(x: Tensor, bias: Tensor, residual: Tensor | None) -> None:
@@ -90,16 +93,18 @@ def _check(x: Tensor, bias: Tensor, residual: Tensor | None) -> None:
         )
 
 
-@torch.library.custom_op("detr_fast::bias_relu", mutates_args=("x",))
-def bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> None:
-    """x <- x + bias + residual, then its ReLU where `relu`, in float32 at least; float16 stays within its range.
+@torch.library.custom_op("detr_fast::bias_relu", mutates_args=())
+def bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """x + bias + residual, then its ReLU where `relu`, in float32 at least; float16 stays within its range.
 
-    Not differentiable: it overwrites what a gradient would need.
+    Not differentiable.
 
     Args:
         x: [N,C,H,W], channels_last.
         bias: [C].
         residual: as x, or None.
+
+    Returns: [N,C,H,W] in the dtype of x, channels_last.
 
     Raises:
         TypeError, ValueError: a dtype, a shape or a layout other than these.
@@ -113,12 +118,12 @@ def bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> N
         y = y.relu()
     if x.dtype == torch.float16:
         y = y.clamp(-LARGEST.value, LARGEST.value)
-    x.copy_(y)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
 @bias_relu.register_fake
-def _(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> None:
-    return None
+def _(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    return torch.empty_like(x)
 
 
 bias_relu.register_kernel("cuda")(launch_bias_relu)
@@ -145,7 +150,7 @@ def builds(target: int | str) -> list[Build]:
             }
             if not residual:
                 constexprs["residual_ptr"] = None
-            pointers = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr"), f"*{kind}")
+            pointers = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "out_ptr"), f"*{kind}")
             signature = {
                 name: "constexpr" if name in constexprs else pointers.get(name, "i32")
                 for name in bias_relu_kernel.arg_names
