@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tqdm import tqdm
 VOID = 0
 ID_BITS = 24
 ID_MASK = (1 << ID_BITS) - 1
+KINDS = ("ground truth of", "prediction for")
 
 JsonSource = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -66,9 +67,7 @@ def panoptic_quality(
     for name, folder in (("gt_folder", gt_folder), ("pred_folder", pred_folder)):
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"{name}: no folder {folder}")
-    categories = list({_get(c, "id", "a category"): c for c in ground_truth["categories"]}.values())
-    column = {category["id"]: index for index, category in enumerate(categories)}
-    isthing = np.array([_get(c, "isthing", f"category {c['id']}") == 1 for c in categories], dtype=bool)
+    quality = PanopticQuality(ground_truth["categories"])
 
     by_image = {_get(a, "image_id", "an annotation of pred_json"): a for a in predictions["annotations"]}
     pairs = [(a, by_image.get(_get(a, "image_id", "an annotation of gt_json"))) for a in ground_truth["annotations"]]
@@ -77,19 +76,59 @@ def panoptic_quality(
         raise PanopticFormatError(f"no prediction for {len(missing)} of {len(pairs)} images, first image {missing[0]}")
 
     def count(pair: tuple[Any, Any]) -> np.ndarray:
-        return _count_image(*pair, Path(gt_folder), Path(pred_folder), column)
+        truth, prediction = pair
+        paths = (
+            Path(folder) / _get(annotation, "file_name", f"{kind} image {truth['image_id']}")
+            for kind, folder, annotation in zip(KINDS, (gt_folder, pred_folder), pair, strict=True)
+        )
+        return quality.count(truth, prediction, *map(read_ids, paths))
 
-    totals = np.zeros((4, len(categories)))
     pool = ThreadPoolExecutor()  # decoding PNGs, most of the work, releases the GIL
     try:
         for counts in tqdm(pool.map(count, pairs), total=len(pairs), unit="image", disable=not progress):
-            totals += counts
+            quality.counts += counts
     finally:
         pool.shutdown(cancel_futures=True)
-    return _summary(totals, categories, isthing)
+    return quality.summary()
 
 
-def _summary(totals: np.ndarray, categories: list[dict[str, Any]], isthing: np.ndarray) -> dict[str, Any]:
+class PanopticQuality:
+    """The counts behind `panoptic_quality`, for images that come one by one.
+
+    Args:
+        categories: dicts with "id" and "isthing", as in a panoptic JSON.
+
+    Attributes:
+        counts: of each category the sum of matched IoUs, true positives, false positives and false negatives, float64
+            [4, categories]. Add to it what `count` returns.
+    """
+
+    def __init__(self, categories: Iterable[Mapping[str, Any]]) -> None:
+        self._categories = list({_get(c, "id", "a category"): c for c in categories}.values())
+        self._column = {category["id"]: index for index, category in enumerate(self._categories)}
+        self._isthing = np.array([_get(c, "isthing", f"category {c['id']}") == 1 for c in self._categories], dtype=bool)
+        self.counts = np.zeros((4, len(self._categories)))
+
+    def count(
+        self, truth: Mapping[str, Any], prediction: Mapping[str, Any], gt_ids: np.ndarray, pred_ids: np.ndarray
+    ) -> np.ndarray:
+        """What one image adds to `counts`.
+
+        Args:
+            truth, prediction: annotations with "segments_info"; the truth's with "image_id" too.
+            gt_ids, pred_ids: the ids of their PNGs, integers [H, W] of equal size, 0 = void unless listed.
+
+        Raises:
+            PanopticFormatError: as `panoptic_quality`.
+        """
+        return _count_image(truth, prediction, gt_ids, pred_ids, self._column)
+
+    def summary(self) -> dict[str, Any]:
+        """What `panoptic_quality` returns."""
+        return _summary(self.counts, self._categories, self._isthing)
+
+
+def _summary(totals: np.ndarray, categories: list[Mapping[str, Any]], isthing: np.ndarray) -> dict[str, Any]:
     iou, tp, fp, fn = totals
     occurs = tp + fp + fn > 0
     denominator = np.where(occurs, tp + 0.5 * fp + 0.5 * fn, 1.0)
@@ -111,20 +150,20 @@ def _summary(totals: np.ndarray, categories: list[dict[str, Any]], isthing: np.n
 
 
 def _count_image(
-    truth: dict[str, Any], prediction: dict[str, Any], gt_folder: Path, pred_folder: Path, column: dict[int, int]
+    truth: Mapping[str, Any],
+    prediction: Mapping[str, Any],
+    gt_map: np.ndarray,
+    pred_map: np.ndarray,
+    column: dict[int, int],
 ) -> np.ndarray:
     """Sum of matched IoUs, true positives, false positives and false negatives of one image, [4, categories]."""
     image_id = truth["image_id"]
-    in_truth, in_prediction = f"ground truth of image {image_id}", f"prediction for image {image_id}"
+    in_truth, in_prediction = (f"{kind} image {image_id}" for kind in KINDS)
     gt_rows, gt_category = _segments(truth, in_truth, column)
     gt_area = _values(truth, "area", in_truth)
     crowd = _values(truth, "iscrowd", in_truth) == 1
     pred_rows, pred_category = _segments(prediction, in_prediction, column)
-    gt_ids, pred_ids, pixels = _intersections(
-        _read_ids(gt_folder / _get(truth, "file_name", in_truth)),
-        _read_ids(pred_folder / _get(prediction, "file_name", in_prediction)),
-        image_id,
-    )
+    gt_ids, pred_ids, pixels = _intersections(gt_map, pred_map, image_id)
     # -1, the last row and column below, stands for pixels of no segment
     gt_row = np.array([gt_rows.get(i, -1) for i in gt_ids.tolist()], dtype=int)
     pred_row = np.array([pred_rows.get(i, -1) for i in pred_ids.tolist()], dtype=int)
@@ -177,14 +216,19 @@ def _intersections(gt: np.ndarray, pred: np.ndarray, image_id: Any) -> tuple[np.
     # segments are runs of equal pixels: sorting runs is many times less work than sorting pixels
     starts = np.flatnonzero((gt[1:] != gt[:-1]) | (pred[1:] != pred[:-1])) + 1
     starts = np.concatenate([[0], starts])
-    runs = gt[starts].astype(np.uint64) << ID_BITS | pred[starts]
+    runs = gt[starts].astype(np.uint64) << ID_BITS | pred[starts].astype(np.uint64)
     pairs = np.unique(runs)
     pixels = np.bincount(np.searchsorted(pairs, runs), np.diff(starts, append=gt.size))
     return pairs >> ID_BITS, pairs & ID_MASK, pixels
 
 
-def _read_ids(path: Path) -> np.ndarray:
-    """The ids of a panoptic PNG, uint32 [H, W]."""
+def read_ids(path: Path) -> np.ndarray:
+    """The ids of a panoptic PNG, uint32 [H, W].
+
+    Raises:
+        PanopticFormatError: the PNG is not RGB.
+        OSError: the file is missing or no image.
+    """
     with Image.open(path) as image:
         if image.mode not in ("RGB", "RGBA"):
             raise PanopticFormatError(f"{path}: a panoptic PNG must be RGB, got mode {image.mode}")
@@ -192,7 +236,7 @@ def _read_ids(path: Path) -> np.ndarray:
         return np.frombuffer(pixels, "<u4").reshape(image.height, image.width) & ID_MASK
 
 
-def _segments(annotation: dict[str, Any], where: str, column: dict[int, int]) -> tuple[dict[int, int], np.ndarray]:
+def _segments(annotation: Mapping[str, Any], where: str, column: dict[int, int]) -> tuple[dict[int, int], np.ndarray]:
     """The row of each segment id, and the column of each segment's category, int [segments]."""
     segments = _get(annotation, "segments_info", where)
     rows: dict[int, int] = {}
@@ -207,7 +251,7 @@ def _segments(annotation: dict[str, Any], where: str, column: dict[int, int]) ->
     return rows, np.array([column[segment["category_id"]] for segment in segments], dtype=int)
 
 
-def _values(annotation: dict[str, Any], key: str, where: str) -> np.ndarray:
+def _values(annotation: Mapping[str, Any], key: str, where: str) -> np.ndarray:
     segments = annotation["segments_info"]
     return np.array([_get(segment, key, f"{where}, segment {segment['id']}") for segment in segments], dtype=float)
 
