@@ -32,6 +32,8 @@ class DetrConfig:
         num_classes: classes without the no-object class; `pred_logits` has one more.
         masks: add the panoptic mask head (`DETRsegm`).
         aux_loss: also return the predictions of every decoder layer but the last.
+        image_size, max_image_size: pixels of the short side of the images that it is made for, and the most of their
+            long side. What resizes images follows them; the model itself takes any size.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
@@ -50,6 +52,8 @@ class DetrConfig:
     num_classes: int = 91
     masks: bool = False
     aux_loss: bool = False
+    image_size: int = 800
+    max_image_size: int = 1333
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -103,3 +107,30 @@ class DetrConfig:
 
     def replace(self, **changes: Any) -> DetrConfig:
         return dataclasses.replace(self, **changes)
+
+
+# facebookresearch/detr's Torch Hub entry points, whose `num_classes` is COCO's; and the small one that the package brings,
+# for the classes of data/shapes.py.
+PRESETS: dict[str, DetrConfig] = {
+    "detr_resnet50": DetrConfig(),
+    "detr_resnet50_dc5": DetrConfig(dilation=True),
+    "detr_resnet101": DetrConfig(backbone="resnet101"),
+    "detr_resnet101_dc5": DetrConfig(backbone="resnet101", dilation=True),
+    "detr_resnet50_panoptic": DetrConfig(num_classes=250, masks=True),
+    "detr_resnet50_dc5_panoptic": DetrConfig(dilation=True, num_classes=250, masks=True),
+    "detr_resnet101_panoptic": DetrConfig(backbone="resnet101", num_classes=250, masks=True),
+    "shapes": DetrConfig(
+        backbone="resnet18",
+        backbone_width=24,
+        hidden_dim=128,
+        enc_layers=2,
+        dec_layers=4,
+        dim_feedforward=192,
+        dropout=0.0,
+        num_queries=30,
+        num_classes=15,
+        masks=True,
+        image_size=256,
+        max_image_size=426,
+    ),
+}

@@ -1,8 +1,8 @@
 """Synthetic photographs with exact annotations, as a COCO panoptic data set.
 
 A scene is a landscape or a floor seen from above, made of textured stuff, with shaded and patterned solids of eight
-shapes standing and floating in it. Colours, lighting, size, rotation, occlusion and truncation vary; nothing but its
-shape tells the class of a thing. Every pixel belongs to a segment.
+shapes standing and floating in it. A class has its typical hue, as many real things have; strength, brightness,
+pattern, lighting, size, rotation, occlusion and truncation vary. Every pixel belongs to a segment.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ MIN_VISIBLE = 0.35  # of a thing: the least that is neither hidden nor outside t
 MAX_COVER = 0.6  # of the image: the most that all things together can hide
 MAX_THINGS = 7  # in an image; with all of STUFF fewer than the 32 bits of `_segments`
 RADIUS = (0.08, 0.26)  # of the shorter side
+HUES = 0.06  # by which a thing's colours differ from those of its class, of 1 for the whole circle
 
 TILE = 512  # side of the textures, which repeat; a power of two
 LEVELS = 256
@@ -521,9 +522,7 @@ def _cast_shadow(image: np.ndarray, thing: _Thing, light: _Light, from_above: bo
 
 def _paint(rng: np.random.Generator, image: np.ndarray, thing: _Thing, light: _Light) -> None:
     """Draws a thing over the image, smooth at its outline."""
-    hue = rng.random()
-    first = _color(rng, hue)
-    second = _color(rng, hue + rng.uniform(0.08, 0.5))
+    first, second = (_color(rng, thing.kind / len(THINGS) + rng.uniform(-HUES, HUES)) for _ in range(2))
     color = first + _pattern(rng, thing) * np.float32(rng.uniform(0.3, 1.0)) * (second - first)
 
     # its surface is round within `bevel` of the outline and flat further in
