@@ -41,6 +41,10 @@ TORCH_HUB_FILES = {
 }
 
 CONFIG_FILE = "config.json"
+PROCESSOR_FILE = "preprocessor_config.json"  # transformers': how large its images are
+MODELS = Path(__file__).parent / "models"
+BUNDLED = ("shapes",)  # folders in MODELS, each with a card, README.md
+
 HUB_WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -54,7 +58,7 @@ TIMEOUT = 10
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".json")
 # what shapes do not tell
-_FIELDS = ("nheads", "dilation", "dropout", "aux_loss")
+_FIELDS = ("nheads", "dilation", "dropout", "aux_loss", "image_size", "max_image_size")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -86,7 +90,7 @@ def read_checkpoint(name_or_path: str | os.PathLike[str], revision: str | None =
     """Reads a DETR in any dialect.
 
     Args:
-        name_or_path: a folder or file; else one of facebookresearch/detr's Torch Hub names ("detr_resnet50_panoptic"),
+        name_or_path: a folder or file; else one of `BUNDLED`, which the package brings; else one of facebookresearch/detr's Torch Hub names ("detr_resnet50_panoptic"),
             cached under TORCH_HOME; else a Hugging Face hub id ("facebook/detr-resnet-50"), cached under HF_HOME. What
             a cache has is used without asking the network.
         revision: branch, tag or commit of a hub id.
@@ -102,13 +106,15 @@ def read_checkpoint(name_or_path: str | os.PathLike[str], revision: str | None =
         return _read_folder(Path(name), name)
     if os.path.exists(name):
         return _read_file(Path(name), name)
+    if name in BUNDLED:
+        return _read_folder(MODELS / name, name)
     if name in TORCH_HUB_FILES:
         return _read_file(_torch_hub_file(name), name)
     if isinstance(name_or_path, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(_SUFFIXES):
         return _read_folder(_hub_folder(name, revision), name)
     raise CheckpointError(
         f"{name[:200]!r}: no such file or folder, nor a model's name; accepted are {ACCEPTED}, a hub id such as "
-        f"facebook/detr-resnet-50, and {', '.join(TORCH_HUB_FILES)}"
+        f"facebook/detr-resnet-50, and {', '.join((*BUNDLED, *TORCH_HUB_FILES))}"
     )
 
 
@@ -151,7 +157,8 @@ def build_model(
 
 
 def save_model(model: DETR | DETRsegm, folder: str | os.PathLike[str], dialect: str = "detr_fast") -> None:
-    """Writes config.json and model.safetensors into a folder, made if missing; a reader never sees half of a file.
+    """Writes config.json and model.safetensors (and transformers' preprocessor_config.json) into a folder, made if
+    missing; a reader never sees half of a file.
 
     Args:
         model: its `categories`, if it has any, become the names of the classes.
@@ -189,8 +196,12 @@ def save_model(model: DETR | DETRsegm, folder: str | os.PathLike[str], dialect: 
             scratch / "model.safetensors",
             metadata={"format": "pt"},
         )
-        (scratch / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        for name in ("model.safetensors", CONFIG_FILE):
+        files = {CONFIG_FILE: settings}
+        if dialect == "transformers":
+            files[PROCESSOR_FILE] = dialects.transformers_processor(config)
+        for name, contents in files.items():
+            (scratch / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+        for name in ("model.safetensors", *files):
             os.replace(scratch / name, target / name)
     finally:
         shutil.rmtree(scratch)
@@ -273,7 +284,8 @@ def _settings(settings: dict[str, Any], dialect: str) -> tuple[dict[str, Any], d
     if "model_type" in settings or dialect != "facebookresearch":
         sizes = dialects.TRANSFORMERS_SIZES
         claims = {name: (field, settings[name]) for name, field in sizes.items() if name in settings}
-        return dialects.transformers_settings(settings, dialect), claims
+        sizes_of_images = dialects.image_sizes(settings.get("processor", {}))
+        return {**dialects.transformers_settings(settings, dialect), **sizes_of_images}, claims
     args = settings.get("args", {})
     for name, accepted in (("pre_norm", (False,)), ("position_embedding", ("sine", "v2"))):
         if args.get(name, accepted[0]) not in accepted:
@@ -370,6 +382,9 @@ def _read_file(path: Path, source: str) -> Checkpoint:
     beside = path.parent / CONFIG_FILE
     in_folder = path.suffix == ".safetensors" or path.name in HUB_WEIGHT_FILES
     settings = _read_json(beside, source) if in_folder and beside.is_file() else {}
+    processor = path.parent / PROCESSOR_FILE
+    if settings.get("model_type") == "detr" and processor.is_file():
+        settings["processor"] = _read_json(processor, source)
     if path.name.endswith(".index.json"):
         return interpret(_read_shards(path, source), settings, source)
     contents = _read_tensors(path, source)
@@ -499,7 +514,7 @@ def _damaged(path: Path, error: Exception) -> str:
 
 # ---- downloads ----
 
-_WAYS_ON = "give the path of a local folder or file instead"
+_WAYS_ON = "give the path of a local folder or file instead, or the small model shapes, which needs no network"
 
 
 def _torch_hub_file(name: str) -> Path:

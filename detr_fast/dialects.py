@@ -311,6 +311,25 @@ def transformers_config(config: DetrConfig, categories: list[Category] | None) -
     }
 
 
+def transformers_processor(config: DetrConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of transformers' DetrImageProcessor."""
+    return {
+        "image_processor_type": "DetrImageProcessor",
+        "format": "coco_panoptic" if config.masks else "coco_detection",
+        "size": {"shortest_edge": config.image_size, "longest_edge": config.max_image_size},
+    }
+
+
+def image_sizes(processor: dict[str, Any]) -> dict[str, int]:
+    """`DetrConfig`'s fields from a preprocessor_config.json of transformers 5 or 4; none where it has no such sizes."""
+    size = processor.get("size")
+    if isinstance(size, dict):
+        short, long = size.get("shortest_edge"), size.get("longest_edge")
+    else:
+        short, long = size, processor.get("max_size")
+    return {"image_size": short, "max_image_size": long} if isinstance(short, int) and isinstance(long, int) else {}
+
+
 def _backbone_config(config: DetrConfig) -> dict[str, Any]:
     if config.dilation:
         if config.backbone_width != 64:

@@ -108,6 +108,20 @@ def test_reads_transformers_detection_with_basic_blocks(tmp_path: Path) -> None:
     compare(model, reference)
 
 
+@pytest.mark.parametrize("dialect", ["detr_fast", "transformers"])
+def test_the_size_of_images_comes_along(tmp_path: Path, dialect: str) -> None:
+    save_model(build_detr(ours().config.replace(image_size=256, max_image_size=400)), tmp_path, dialect=dialect)
+    config = read_checkpoint(tmp_path).config
+    assert (config.image_size, config.max_image_size) == (256, 400)
+    if dialect == "transformers":
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+        assert dict(processor.size) == {"shortest_edge": 256, "longest_edge": 400}
+        older = {"size": 300, "max_size": 500}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(older))
+        config = read_checkpoint(tmp_path).config
+        assert (config.image_size, config.max_image_size) == (300, 500)
+
+
 @pytest.mark.parametrize("masks", [True, False])
 def test_transformers_loads_what_we_save(tmp_path: Path, masks: bool) -> None:
     model = ours(masks=masks, num_classes=250)

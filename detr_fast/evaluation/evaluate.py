@@ -31,7 +31,6 @@ from detr_fast.segmentation import DETRsegm
 
 T = TypeVar("T")
 
-SIZE, MAX_SIZE = 800, 1333  # of the paper: of the shorter side, and of the longer one at most
 # Without padding a batch is made of images of one shape; looking this many batches ahead finds them.
 BATCHES_AHEAD = 4
 READERS = min(8, os.cpu_count() or 1)  # threads that decode and resize images
@@ -45,7 +44,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 1,
     padded: bool = False,
-    size: int = SIZE,
+    size: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Box AP, mask AP and panoptic quality of a model on a data set.
@@ -64,7 +63,7 @@ def evaluate(
         batch_size: images in one forward pass.
         padded: pad images of different shapes, in the order of the annotations, to one batch, as upstream does; that
             changes what a DETR computes. Else a batch is made of images of one shape, which changes the speed only.
-        size: length of the shorter side to which images are resized; the longer one stays within 1333/800 of it.
+        size: pixels of the images' shorter side, and in proportion the most of the longer one; None: the predictor's.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -78,13 +77,16 @@ def evaluate(
         TypeError: `model` is none.
         ValueError: an argument is out of range, or what `GroundTruth.read` and `GroundTruth.read_image` raise.
     """
-    if batch_size < 1 or size < 1:
+    if batch_size < 1 or (size is not None and size < 1):
         raise ValueError(f"batch_size and size must be at least 1, got {batch_size} and {size}")
     truth = data if isinstance(data, GroundTruth) else GroundTruth.read(data, split, limit)
     started = time.perf_counter()
     with _predictor(model) as predictor:
         scores = _Scores(predictor, truth)
-        samples = _read_ahead(truth.images, lambda record: _Sample.read(truth, record, size), batch_size)
+        sides = (predictor.size, predictor.max_size)
+        if size is not None:
+            sides = (size, round(size * predictor.max_size / predictor.size))
+        samples = _read_ahead(truth.images, lambda record: _Sample.read(truth, record, sides), batch_size)
         with tqdm(total=len(truth.images), unit="image", disable=not progress) as bar:
             for batch in _batches(samples, batch_size, padded):
                 scores.add(batch)
@@ -126,8 +128,8 @@ class _Sample:
         return self.record["height"], self.record["width"]
 
     @classmethod
-    def read(cls, truth: GroundTruth, record: dict[str, Any], size: int) -> _Sample:
-        tensor = image_to_tensor(truth.read_image(record), size, round(size * MAX_SIZE / SIZE))
+    def read(cls, truth: GroundTruth, record: dict[str, Any], sides: tuple[int, int]) -> _Sample:
+        tensor = image_to_tensor(truth.read_image(record), *sides)
         ids = None
         if truth.panoptic is not None and truth.split.panoptic_pngs is not None:
             ids = read_ids(truth.split.panoptic_pngs / truth.panoptic[record["id"]]["file_name"])
