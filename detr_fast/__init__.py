@@ -36,11 +36,17 @@ _HOME = {
     "HungarianMatcher": "training.matcher",
     "SetCriterion": "training.criterion",
     "Predictor": "predictor",
+    "label": "labeling.pipeline",
     "PanopticResult": "predictor",
+    "evaluate": "evaluation.evaluate",
+    "explain": "explanation",
+    "Explanation": "explanation",
+    "decoder_attention": "attention",
+    "encoder_attention": "attention",
     **{name: "compat.hub" for name in _HUB},
     **{name: "postprocess" for name in _POSTPROCESS},
 }
-_MODULES = ("data", "evaluation", "labeling", "ops", "position", "reference", "training")
+_MODULES = ("data", "evaluation", "labeling", "ops", "position", "reference", "training", "visualize")
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 

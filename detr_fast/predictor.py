@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from typing import Any, cast
 
 import numpy as np
@@ -13,18 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detr_fast import visualize
+from detr_fast import ops, visualize
 from detr_fast.checkpoint import load_model
 from detr_fast.data.categories import categories_for
 from detr_fast.detr import DETR
+from detr_fast.encoding import panoptic_png
 from detr_fast.graphs import Graphs, Recorder
 from detr_fast.postprocess import (
-    id_to_rgb,
     panoptic_merge,
     post_process_panoptic_segmentation,
     upstream_panoptic_merge,
 )
-from detr_fast.preprocess import ImageSource, image_to_tensor, images_to_batch, read_image, resized_size
+from detr_fast.preprocess import ImageSource, batch_of_size, image_to_tensor, read_image, resized_size
 from detr_fast.segmentation import DETRsegm
 
 Segments = tuple[np.ndarray | None, list[dict[str, Any]]]
@@ -34,17 +36,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class PreparedImage:
-    """An image as read, RGB, and what is sent to the device.
+class Pixels:
+    """What is sent to the device of an image.
 
     Attributes:
         tensor: float32 [3, h, w], resized and normalised; for a GPU, which does that itself, uint8 [H, W, 3].
         size: (h, w), as the model sees it.
+        target: (H, W), as the image is and its segmentation shall be.
     """
 
-    image: Image.Image
     tensor: Tensor
     size: tuple[int, int]
+    target: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PreparedImage(Pixels):
+    """An image as read, RGB, and what is sent to the device."""
+
+    image: Image.Image
 
 
 @dataclass(frozen=True)
@@ -78,9 +88,7 @@ class PanopticResult:
         """
         if self.segmentation is None:
             raise ValueError("to_png needs a panoptic model, got a result of a model without a mask head")
-        buffer = io.BytesIO()
-        Image.fromarray(id_to_rgb(self.segmentation)).save(buffer, "PNG")
-        return buffer.getvalue()
+        return panoptic_png(self.segmentation)
 
     def overlay(self) -> Image.Image:
         """The image with the segments drawn over it, or with the boxes if the model has no mask head."""
@@ -97,12 +105,15 @@ class Predictor:
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N" or a torch.device.
         dtype: what the model computes in: "fp32", "bf16", "fp16", the torch.dtype, or "auto": fp16 on a GPU, else fp32.
         threshold: least score of a query that counts, in [0, 1].
+        class_thresholds: by class id, where it differs from `threshold`.
         mode: how the masks become segments. "corrected" is facebookresearch/detr's merge without its flaws: the parts
             of one stuff class stay one segment, and ids count from 1. "detr" and "transformers" give exactly what
             `PostProcessPanoptic` and `post_process_panoptic_segmentation` give, ids included; "detr" has no scores.
         batch_size: the most images in one forward pass. Only images of one shape after resizing share a pass, since
             padding changes what a DETR computes (convolutions see it, and the mask head's GroupNorm averages over it);
             so results do not depend on it.
+        size, max_size: pixels of an image's short side as the model sees it, and the most of its long side; None: what
+            the model is made for (`DetrConfig.image_size`, `max_image_size`).
 
     Raises:
         TypeError: a model of another class.
@@ -118,11 +129,24 @@ class Predictor:
         threshold: float = 0.85,
         mode: str = "corrected",
         batch_size: int = 4,
+        class_thresholds: Mapping[int, float] | None = None,
+        size: int | None = None,
+        max_size: int | None = None,
     ) -> None:
         if not isinstance(model, (DETR, DETRsegm)):
             raise TypeError(f"model must be a detr_fast DETR or DETRsegm, got {type(model).__name__}")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+        self.class_thresholds = dict(class_thresholds or {})
+        for index, value in self.class_thresholds.items():
+            if not 0 <= value <= 1 or not 0 <= index < model.config.num_classes:
+                raise ValueError(
+                    f"class_thresholds must be in [0, 1] for classes 0 to {model.config.num_classes - 1}, "
+                    f"got {value} for {index}"
+                )
+        for name, pixels in (("size", size), ("max_size", max_size)):
+            if pixels is not None and pixels < 1:
+                raise ValueError(f"{name} must be at least 1, got {pixels}")
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if batch_size < 1:
@@ -133,16 +157,22 @@ class Predictor:
         self.threshold = threshold
         self.mode = mode
         self.batch_size = batch_size
+        self.size = size or model.config.image_size
+        self.max_size = max_size or model.config.max_image_size
         self.panoptic: bool = model.config.masks
         self.categories = categories_for(model.config, model.categories)
         self._named = {category["id"]: category for category in self.categories}
-        self._by_class = {index: _unnamed(index) for index in range(model.config.num_classes)} | self._named
+        self._by_class = {index: unnamed_category(index) for index in range(model.config.num_classes)} | self._named
         self._on_gpu = self.device.type == "cuda"
-        self._graphs = Graphs(model, self._select, Recorder()) if self._on_gpu and isinstance(model, DETRsegm) else None
+        recorded = self._on_gpu and ops.HAS_KERNELS and isinstance(model, DETRsegm)
+        self._graphs = Graphs(cast(DETRsegm, model), self.select, Recorder()) if recorded else None
+        self._batch = torch.empty(0)
         self._uploads = torch.cuda.Stream(self.device) if self._on_gpu else None
         self._is_thing = {index: bool(category["isthing"]) for index, category in self._by_class.items()}
         things = [self._is_thing.get(index, False) for index in range(1 + max(self._is_thing))]
         self._thing_table = torch.tensor(things, device=self.device)
+        thresholds = [self.class_thresholds.get(index, threshold) for index in range(model.config.num_classes + 1)]
+        self._thresholds = torch.tensor(thresholds, device=self.device)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Predictor:
@@ -171,11 +201,35 @@ class Predictor:
     def prepare(self, image: ImageSource) -> PreparedImage:
         """Reads one image and resizes it; what is raised is raised here, before the model runs."""
         picture = read_image(image)
+        target = (picture.height, picture.width)
         if self._on_gpu:
-            width, height = resized_size(*picture.size)
-            return PreparedImage(picture, torch.from_numpy(np.array(picture)).pin_memory(), (height, width))
-        tensor = image_to_tensor(picture)
-        return PreparedImage(picture, tensor, (tensor.shape[1], tensor.shape[2]))
+            width, height = resized_size(*picture.size, self.size, self.max_size)
+            return PreparedImage(torch.from_numpy(np.array(picture)).pin_memory(), (height, width), target, picture)
+        tensor = image_to_tensor(picture, self.size, self.max_size)
+        return PreparedImage(tensor, (tensor.shape[1], tensor.shape[2]), target, picture)
+
+    def stream(self, images: Iterable[ImageSource]) -> Iterator[PanopticResult]:
+        """The results of any number of images, in their order. While the model computes, the next ones are read; at
+        most 8 batches of images are in memory.
+
+        Raises:
+            ValueError, TypeError: something that is no image; after the results of all images before it.
+        """
+        images = iter(images)
+        window = 4 * self.batch_size  # images of one shape share a batch, and need not be neighbours
+        readers = ThreadPoolExecutor(2)
+        try:
+            reading = deque(readers.submit(self.prepare, image) for image in islice(images, window))
+            while reading:
+                due = [reading.popleft() for _ in range(len(reading))]
+                error = next((future.exception() for future in due if future.exception()), None)
+                prepared = [future.result() for future in takewhile(lambda future: not future.exception(), due)]
+                reading.extend(readers.submit(self.prepare, image) for image in islice(images, window))
+                yield from self.predict(prepared)
+                if error:
+                    raise error
+        finally:
+            readers.shutdown(cancel_futures=True)
 
     @torch.inference_mode()
     def predict(self, prepared: Sequence[PreparedImage]) -> list[PanopticResult]:
@@ -204,15 +258,7 @@ class Predictor:
     ) -> Callable[[], None]:
         """Computes a batch; what is returned makes its results, once the device is done."""
         batch = [prepared[index] for index in indices]
-        self.model.compute_dtype = self.dtype  # another Predictor may share the model
-        samples = self._samples(batch)
-        if self._graphs is not None:
-            outputs = self._graphs(samples)
-        elif self.panoptic:
-            outputs = self.model(samples, select=self._select)
-        else:
-            outputs = self.model(samples)
-            outputs["selected"] = self._select(outputs["pred_logits"])
+        outputs = self._forward(batch)
         found = Download(outputs["selected"], outputs["pred_logits"].float(), outputs["pred_boxes"].float())
         merged = self._merged(batch, outputs)
 
@@ -225,21 +271,42 @@ class Predictor:
 
         return finish
 
-    def _samples(self, batch: list[PreparedImage]) -> Tensor:
+    @torch.inference_mode()
+    def start_segments(self, batch: Sequence[Pixels]) -> Callable[[], list[Segments]]:
+        """Begins with a batch of images that have one `size`; what is returned waits for the device, and gives each
+        image's ids int32 [H, W] and `segments_info`. All that labeling needs of a result."""
+        with torch.cuda.device(self.device if self._on_gpu else -1):
+            return self._merged(batch, self._forward(batch))
+
+    def _forward(self, batch: Sequence[Pixels]) -> dict[str, Any]:
+        self.model.compute_dtype = self.dtype  # another Predictor may share the model
+        samples = self._samples(batch)
+        if self._graphs is not None:
+            return self._graphs(samples)
+        if self.panoptic:
+            return self.model(samples, select=self.select)
+        outputs = self.model(samples)
+        return {**outputs, "selected": self.select(outputs["pred_logits"])}
+
+    def _samples(self, batch: Sequence[Pixels]) -> Tensor:
         if self._uploads is None:
-            return torch.stack([image.tensor for image in batch])
+            shape = (len(batch), *batch[0].tensor.shape)
+            if self._batch.shape != shape:  # new memory for each batch costs more in page faults than the copy
+                self._batch = torch.empty(shape)
+            return torch.stack([image.tensor for image in batch], out=self._batch)
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._uploads):
             pictures = [image.tensor.to(self.device, non_blocking=True) for image in batch]
         current.wait_stream(self._uploads)
         for picture in pictures:
             picture.record_stream(current)
-        return images_to_batch(pictures, device=self.device)
+        height, width = batch[0].size
+        return batch_of_size(pictures, width, height, self.device)
 
-    def _select(self, pred_logits: Tensor) -> Tensor:
+    def select(self, pred_logits: Tensor) -> Tensor:
         """bool [B, Q]: the queries that count, from [B, Q, C+1]."""
         scores, labels = pred_logits.float().softmax(-1).max(-1)
-        return (labels != pred_logits.shape[-1] - 1) & (scores > self.threshold)
+        return (labels != pred_logits.shape[-1] - 1) & (scores > self._thresholds[labels])
 
     def _result(self, image: Image.Image, logits: Tensor, boxes: Tensor, segments: Segments) -> PanopticResult:
         """The result of one image from what its kept queries gave: logits [K, C+1] and boxes [K, 4], on the CPU."""
@@ -257,18 +324,18 @@ class Predictor:
             image=image,
         )
 
-    def _merged(self, batch: list[PreparedImage], outputs: dict[str, Any]) -> Callable[[], list[Segments]]:
+    def _merged(self, batch: Sequence[Pixels], outputs: dict[str, Any]) -> Callable[[], list[Segments]]:
         """Starts the merges of a batch; what is returned gives each image's ids int32 [H, W] and `segments_info`."""
         if not self.panoptic:
             return lambda: [(None, []) for _ in batch]
-        sizes = [(image.size, (image.image.height, image.image.width)) for image in batch]
+        sizes = [(image.size, image.target) for image in batch]
         if self._graphs is not None and self.mode == "corrected":
             return self._merged_at_once(outputs, sizes)
         logits = [
             logits[kept].float() for logits, kept in zip(outputs["pred_logits"], outputs["selected"], strict=True)
         ]
         images = zip(outputs["pred_masks"], logits, sizes, strict=True)
-        merged: list[Segments] = [self._merge(masks, logits, *size) for masks, logits, size in images]
+        merged: list[Segments] = [self.merge(masks, logits, *size) for masks, logits, size in images]
         return lambda: merged
 
     def _merged_at_once(
@@ -321,7 +388,7 @@ class Predictor:
             )
         return segments_info
 
-    def _merge(
+    def merge(
         self, masks: Tensor, logits: Tensor, processed_size: tuple[int, int], target_size: tuple[int, int]
     ) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """Ids int32 [H, W] and `segments_info` from the kept queries' masks [K, h, w] and logits [K, C+1]."""
@@ -343,7 +410,8 @@ class Predictor:
             )
         else:
             outputs = {"logits": logits[None], "pred_masks": masks[None]}
-            (result,) = post_process_panoptic_segmentation(outputs, self.threshold, target_sizes=[target_size])
+            lowest = min(self.threshold, *self.class_thresholds.values(), 1.0)  # `select` has applied each one
+            (result,) = post_process_panoptic_segmentation(outputs, lowest, target_sizes=[target_size])
             ids = result["segmentation"].clamp(min=0)  # upstream has -1 where no query is kept
             segments_info = [
                 {
@@ -378,7 +446,7 @@ class Download:
         return self._tensors
 
 
-def _unnamed(index: int) -> dict[str, Any]:
+def unnamed_category(index: int) -> dict[str, Any]:
     """The category of a class that none of the model's is for, as 117 of the 250 panoptic ones: COCO left them out.
 
     A trained model does not predict them, an untrained one does. Things are the ids up to 90.

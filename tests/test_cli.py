@@ -161,8 +161,8 @@ def test_label_lists_bad_files_and_exits_1(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "cut.png").write_bytes((tmp_path / "in" / "good.png").read_bytes()[:300])
     os.mkfifo(tmp_path / "in" / "pipe.jpg")
     out = tmp_path / "in" / "out"  # within the folder of images, and so not searched
-    for _ in range(2):
-        code, _, err = detr_fast("label", tmp_path / "in", "--out", out, "--model", model, "--threshold", "0.2")
+    for option in ("--resume", "--overwrite"):
+        code, _, err = detr_fast("label", tmp_path / "in", "--out", out, "--model", model, "--threshold", "0.2", option)
         assert code == 1
         assert err.count("\n") == 1
         assert "4 of 5 images failed" in err

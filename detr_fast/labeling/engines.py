@@ -1,0 +1,115 @@
+"""Where the model runs: in this process, or in one of its own for each of several devices."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from detr_fast.labeling.workers import SharedMemory, WorkerPool
+from detr_fast.predictor import Pixels, Predictor
+
+OPTIONS = ("dtype", "threshold", "mode", "batch_size", "class_thresholds", "size", "max_size")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The pixels of an image in shared memory, and `size` and `target` as in `Pixels`."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: str
+    size: tuple[int, int]
+    target: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The ids of an image, which have taken the place of its pixels in the slot, and `segments_info`; or why not."""
+
+    shape: tuple[int, int]
+    dtype: str
+    segments_info: list[dict[str, Any]]
+    error: str | None = None
+
+
+class Engine(Protocol):
+    """Attributes: depth: how many batches should have been started, so that no device waits."""
+
+    depth: int
+
+    def start(self, batch: Sequence[Slot]) -> Callable[[], list[Found]]:
+        """Begins with a batch of images of one size; what is returned waits for what was found in each."""
+
+
+class LocalEngine:
+    """The model of a `Predictor`, in this process."""
+
+    def __init__(self, predictor: Predictor, memory: SharedMemory) -> None:
+        self.depth = 2 if predictor.device.type == "cuda" else 1  # a CPU has done all when `start` returns
+        self._predictor = predictor
+        self._memory = memory
+
+    def start(self, batch: Sequence[Slot]) -> Callable[[], list[Found]]:
+        arrays = [self._memory.array(slot.number, slot.shape, slot.dtype) for slot in batch]
+        wait = self._predictor.start_segments(
+            [
+                Pixels(torch.from_numpy(pixels), slot.size, slot.target)
+                for pixels, slot in zip(arrays, batch, strict=True)
+            ]
+        )
+        return lambda: [self._place(slot, *segments) for slot, segments in zip(batch, wait(), strict=True)]
+
+    def _place(self, slot: Slot, ids: np.ndarray | None, segments_info: list[dict[str, Any]]) -> Found:
+        assert ids is not None  # the model is panoptic
+        dtype = np.min_scalar_type(int(ids.max()))
+        try:
+            self._memory.array(slot.number, slot.target, dtype)[:] = ids
+        except ValueError as error:
+            return Found(slot.target, dtype.str, [], str(error))
+        return Found(slot.target, dtype.str, segments_info)
+
+
+class DevicesEngine:
+    """The model of a `Predictor` in a process for each device."""
+
+    def __init__(self, predictor: Predictor, memory: SharedMemory, devices: Sequence[str]) -> None:
+        self.depth = 2 * len(devices)
+        self._turn = 0
+        with ExitStack() as stack:
+            copy = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".pt"))
+            torch.save(predictor.model, copy)
+            copy.flush()
+            options = {name: getattr(predictor, name) for name in OPTIONS}
+            shared = (memory.slots, memory.slot_bytes, memory.descriptor)
+            self._pools = [
+                stack.enter_context(WorkerPool(1, (_attach, (shared, copy.name, device, options)), shared[2:]))
+                for device in devices
+            ]
+            self._stack = stack.pop_all()
+
+    def start(self, batch: Sequence[Slot]) -> Callable[[], list[Found]]:
+        self._turn = (self._turn + 1) % len(self._pools)
+        return self._pools[self._turn].submit(_find, list(batch)).result
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+_engine: LocalEngine
+
+
+def _attach(shared: tuple[int, int, int], file: str, device: str, options: dict[str, Any]) -> None:
+    """What a device's process does first."""
+    global _engine
+    model = torch.load(file, map_location="cpu", weights_only=False)  # the parent's own
+    _engine = LocalEngine(Predictor(model, device=device, **options), SharedMemory(*shared))
+
+
+def _find(batch: list[Slot]) -> list[Found]:
+    return _engine.start(batch)()
