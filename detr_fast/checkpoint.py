@@ -90,9 +90,10 @@ def read_checkpoint(name_or_path: str | os.PathLike[str], revision: str | None =
     """Reads a DETR in any dialect.
 
     Args:
-        name_or_path: a folder or file; else one of `BUNDLED`, which the package brings; else one of facebookresearch/detr's Torch Hub names ("detr_resnet50_panoptic"),
-            cached under TORCH_HOME; else a Hugging Face hub id ("facebook/detr-resnet-50"), cached under HF_HOME. What
-            a cache has is used without asking the network.
+        name_or_path: a folder or file; else one of `BUNDLED`, which the package brings; else one of
+            facebookresearch/detr's Torch Hub names ("detr_resnet50_panoptic"), cached under TORCH_HOME; else a Hugging
+            Face hub id ("facebook/detr-resnet-50"), cached under HF_HOME. What a cache has is used without asking the
+            network.
         revision: branch, tag or commit of a hub id.
 
     Raises:

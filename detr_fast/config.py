@@ -109,8 +109,8 @@ class DetrConfig:
         return dataclasses.replace(self, **changes)
 
 
-# facebookresearch/detr's Torch Hub entry points, whose `num_classes` is COCO's; and the small one that the package brings,
-# for the classes of data/shapes.py.
+# facebookresearch/detr's Torch Hub entry points, whose `num_classes` is COCO's; and the small one that the package
+# brings, for the classes of data/shapes.py.
 PRESETS: dict[str, DetrConfig] = {
     "detr_resnet50": DetrConfig(),
     "detr_resnet50_dc5": DetrConfig(dilation=True),

@@ -408,30 +408,26 @@ def post_process_panoptic_segmentation(
     sizes = [None] * count if target_sizes is None else _sizes("target_sizes", target_sizes, count)
     fuse = set() if label_ids_to_fuse is None else set(label_ids_to_fuse)
     kept = _kept_queries(logits, masks, threshold, sizes)
+    given, thresholds = (masks.shape[-2], masks.shape[-1]), (mask_threshold, overlap_mask_area_threshold)
     if ops.uses_kernels(masks):
-        thresholds = (mask_threshold, overlap_mask_area_threshold)
-        return _weighted_merges_at_once(kept, fuse, tuple(masks.shape[-2:]), thresholds)
-    return [
-        _weighted_merge(*image, fuse, tuple(masks.shape[-2:]), mask_threshold, overlap_mask_area_threshold)
-        for image in kept
-    ]
+        return _weighted_merges_at_once(kept, fuse, given, thresholds)
+    return [_weighted_merge(m, s, c, size or given, fuse, thresholds) for m, s, c, size in kept]
 
 
 def _weighted_merge(
     masks: Tensor,
     scores: Tensor,
     labels: Tensor,
-    size: tuple[int, int] | None,
+    size: tuple[int, int],
     fuse: set[int],
-    given: tuple[int, ...],
-    mask_threshold: float,
-    overlap_threshold: float,
+    thresholds: tuple[float, float],
 ) -> dict[str, Any]:
-    """One image's result from its kept queries; `size` None keeps the masks' `given` one."""
+    """One image's result from its kept queries."""
+    mask_threshold, overlap_threshold = thresholds
     if len(masks) == 0:
-        return {"segmentation": torch.full(size or given, -1.0), "segments_info": []}
+        return {"segmentation": torch.full(size, -1.0), "segments_info": []}
     weighted = masks.sigmoid()
-    if size is not None:
+    if size != tuple(masks.shape[-2:]):
         weighted = F.interpolate(weighted[None], size=size, mode="bilinear", align_corners=False)[0]
     weighted *= scores[:, None, None]
     winners = argmax_of_planes(weighted, len(weighted))
@@ -446,11 +442,11 @@ def _weighted_merge(
 
 
 def _weighted_merges_at_once(
-    kept: list[tuple[Any, ...]], fuse: set[int], given: tuple[int, ...], thresholds: tuple[float, float]
+    kept: list[tuple[Any, ...]], fuse: set[int], given: tuple[int, int], thresholds: tuple[float, float]
 ) -> list[dict[str, Any]]:
     """`_weighted_merge` of all images by kernels that wait for the device once."""
     masks, scores, labels = (torch.cat(parts) for parts in list(zip(*kept, strict=True))[:3])
-    sizes = [size or given for *_, size in kept]
+    sizes: list[tuple[int, int]] = [size or given for *_, size in kept]
     counts = [len(image[0]) for image in kept]
     classes = labels.tolist()
     table = torch.tensor([c in fuse for c in range(max(classes, default=0) + 1)], device=masks.device)

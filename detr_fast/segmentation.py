@@ -127,7 +127,7 @@ class DETRsegm(nn.Module):
         return torch.cat(chunks)
 
     def _image_by_image(self, queries: list[Tensor], encoded: dict[str, Any]) -> list[Tensor]:
-        """Mask logits [K_i,h,w] for each image's queries [K_i,d], a few at a time, for which a CPU's cache is enough."""
+        """Mask logits [K_i,h,w] for each image's queries [K_i,d], as many at a time as a CPU's cache holds."""
         if ops.is_plain("mask_head"):
             return self._plain_masks(queries, encoded)
         src, mask = encoded["src"], encoded["mask"]
