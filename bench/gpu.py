@@ -26,17 +26,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from bench import cases, measure
-from bench.gpu_cases import BRAIN, HALF, NAMES, REAL, SINGLE, Case, Draw, all_cases, wrong
+from bench.cases import REAL
+from bench.gpu_cases import BRAIN, HALF, NAMES, SINGLE, Case, Draw, all_cases, wrong
 from bench.gpu_tables import Row, broken, tables
 from bench.ladder import errors, transformers_model
 from detr_fast import ops
@@ -216,7 +216,7 @@ def rotations(case: Case, device: torch.device) -> int:
     """How many sets of inputs outgrow the cache three times over; at most 16."""
     if device.type != "cuda" or not case.graph:
         return 1
-    return min(16, 1 + 3 * torch.cuda.get_device_properties(device).L2_cache_size // case.bytes)
+    return measure.rotations(case.bytes, device)
 
 
 def timed(call: Callable[..., Any], sets: list[tuple[Any, ...]], timer: Timer, graph: bool) -> Row:
@@ -293,19 +293,8 @@ class Ladder:
         del out
         if not max(error.values()) <= ALLOWED[dtype]:
             return {"wrong": f"errors {error}, above {ALLOWED[dtype]}", "error": error}
-        peak = peak_bytes(lambda: call(samples), samples.device)
+        peak = measure.peak_extra_bytes(lambda: call(samples), samples.device)
         return {"error": error, "peak_bytes": peak, "seconds": timer.latency(lambda: call(samples), 1.0)}
-
-
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """How far the device's allocated memory rises during one call; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def measure_ladder(rows: Rows, timer: Timer, ladder: Ladder, batches: Sequence[int]) -> None:
@@ -348,21 +337,12 @@ def measure_compiled(rows: Rows, timer: Timer, ladder: Ladder, batches: Sequence
 ONE_SIZE, COCO_SIZES = [(640, 480)], [(640, 480), (480, 640), (640, 427), (640, 480), (427, 640), (500, 375)]
 
 
-def photographs(count: int, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
-    """Blurred noise, uint8 [H, W, 3]."""
-    generator = np.random.default_rng(0)
-    coarse = generator.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
-    resample = Image.Resampling.BICUBIC
-    pairs = zip(coarse, islice(cycle(sizes), count), strict=True)
-    return [np.asarray(Image.fromarray(pixels).resize(size, resample)) for pixels, size in pairs]
-
-
 def measure_predictor(
     rows: Rows, timer: Timer, model: Any, device: torch.device, batches: Sequence[int], count: int, kept: int
 ) -> None:
     """Arrays in, segments out: reading a file and decoding a JPEG are left out."""
     for name, sizes in (("one size", ONE_SIZE), ("COCO's sizes", COCO_SIZES)):
-        pictures = photographs(count, sizes)
+        pictures = cases.photographs(count, sizes)
         for batch in batches:
             call = partial(predictor_row, timer, model, device, pictures, batch, kept)
             rows.measure({"name": name, "batch": batch}, 8, call)

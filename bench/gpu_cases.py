@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.cases import REAL, Scale
 from detr_fast import merge, reference
 from detr_fast.data.categories import COCO_PANOPTIC
 from detr_fast.postprocess import post_process_panoptic_segmentation
@@ -29,30 +30,6 @@ BACKENDS = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
-
-
-class Scale(NamedTuple):
-    """The sizes that all cases are made of; feature maps follow from the image's, rounded up at every stride."""
-
-    image: tuple[int, int] = (800, 1066)  # processed
-    target: tuple[int, int] = (480, 640)  # the photograph
-    batches: tuple[int, int, int] = (1, 8, 32)
-    dim: int = 256
-    heads: int = 8
-    queries: int = 100
-    kept: int = 15  # an image
-
-    def level(self, stride: int) -> tuple[int, int]:
-        height, width = self.image
-        return math.ceil(height / stride), math.ceil(width / stride)
-
-    @property
-    def tokens(self) -> int:
-        return math.prod(self.level(32))
-
-
-REAL = Scale()
-TINY = Scale(image=(70, 93), target=(31, 44), batches=(1, 2, 3), dim=128, heads=8, queries=7, kept=3)
 
 
 class Draw:
@@ -646,13 +623,14 @@ def wrong(case: Case, inputs: tuple[Any, ...]) -> str | None:
     Numbers may be off by twice what the definition is off in the same dtype, against the definition in float64;
     integers may differ at one pixel of 100,000, where two scores are nearly equal.
     """
-    out, truth = poisoned(lambda: case.ours(*inputs)), case.plain(*(_double(value) for value in inputs))
+    truth, plain = case.plain(*(_double(value) for value in inputs)), case.plain(*inputs)
+    out = poisoned(lambda: case.ours(*inputs))  # last, as it may overwrite its inputs
     if out.shape != truth.shape:
         return f"shape {list(out.shape)}, not {list(truth.shape)}"
     if not out.is_floating_point():
         different = int((out != truth).sum())
         return f"{different} of {truth.numel()} differ" if different > 1e-5 * truth.numel() else None
-    error, plain_error = (float((x - truth).abs().max()) for x in (out.double(), case.plain(*inputs).double()))
+    error, plain_error = (float((x.double() - truth).abs().max()) for x in (out, plain))
     bound = 2 * plain_error + 1e-6
     return None if error <= bound else f"error {error:.1e}, above {bound:.1e}"  # a NaN is not below
 

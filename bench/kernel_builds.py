@@ -1,11 +1,14 @@
 """Builds every Triton kernel for every supported GPU, none of which need be there, and checks what the compiler made.
 
     python -m bench.kernel_builds                       # a table; exit status 1 if a build breaks a rule
-    python -m bench.kernel_builds --check               # and if one differs from bench/kernel_budget.json
-    python -m bench.kernel_builds --out bench/kernel_budget.json     # add this Triton's table to a file
+    python -m bench.kernel_builds --check               # and if one is over bench/kernel_budget.json
+    python -m bench.kernel_builds --out bench/kernel_budget.json     # write the results, the budget from now on
 
-Rules: nothing spilled, shared memory within the target's limit, and tensor-core instructions exactly where a kernel
-expects them (one that expects none would lose float32's precision to them).
+Rules: nothing spilled, shared and tensor memory within the target's limits, and tensor-core instructions exactly where
+a kernel expects them (one that expects none would lose float32's precision to them).
+
+Budget: what one version of Triton made of each build. The same version may later take at most REGISTER_SLACK registers
+more, no more shared memory, and no fewer tensor-core instructions; new and dropped builds must be written to it.
 """
 
 from __future__ import annotations
@@ -32,25 +35,29 @@ class Limits(NamedTuple):
 
     warps: int
     blocks: int
-    registers: int  # of 32 bits, for all lanes
-    register_unit: int  # that a warp's registers are rounded up to
     shared: int  # bytes
     shared_of_block: int  # bytes that one block may have
+    shared_unit: int  # bytes that a block's are rounded up to
+    registers: int = 65536  # of 32 bits, for all lanes
+    register_unit: int = 256  # that a warp's registers are rounded up to
     warp_size: int = 32
+    tensor_memory: int = 0  # columns
 
 
 KIB = 1024
+PARTITIONS = 4  # of a multiprocessor; a warp's registers are those of one
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA, section 3
 TARGETS: dict[int | str, Limits] = {
-    70: Limits(64, 32, 65536, 256, 96 * KIB, 96 * KIB),
-    75: Limits(32, 16, 65536, 256, 64 * KIB, 64 * KIB),
-    80: Limits(64, 32, 65536, 256, 164 * KIB, 163 * KIB),
-    86: Limits(48, 16, 65536, 256, 100 * KIB, 99 * KIB),
-    89: Limits(48, 24, 65536, 256, 100 * KIB, 99 * KIB),
-    90: Limits(64, 32, 65536, 256, 228 * KIB, 227 * KIB),
-    100: Limits(64, 32, 65536, 256, 228 * KIB, 227 * KIB),
-    "gfx942": Limits(32, 32, 4 * 512 * 64, 8 * 64, 64 * KIB, 64 * KIB, 64),
+    70: Limits(64, 32, 96 * KIB, 96 * KIB, 256),
+    75: Limits(32, 16, 64 * KIB, 64 * KIB, 256),
+    80: Limits(64, 32, 164 * KIB, 163 * KIB, 128),
+    86: Limits(48, 16, 100 * KIB, 99 * KIB, 128),
+    89: Limits(48, 24, 100 * KIB, 99 * KIB, 128),
+    90: Limits(64, 32, 228 * KIB, 227 * KIB, 128),
+    100: Limits(64, 32, 228 * KIB, 227 * KIB, 128, tensor_memory=512),
+    "gfx942": Limits(32, 32, 64 * KIB, 64 * KIB, 512, registers=4 * 512 * 64, register_unit=8 * 64, warp_size=64),
 }
+REGISTER_SLACK = 8  # a thread; a multiprocessor hands them out in eights
 TENSOR_CORES = re.compile(r"\b(?:mma\.sync|wmma\.mma|wgmma\.mma_async|tcgen05\.mma|v_mfma|v_smfmac)")
 
 
@@ -61,6 +68,7 @@ class Result(NamedTuple):
     spilled: int  # bytes of local memory of a thread
     shared: int  # bytes of a block
     tensor_cores: int  # instructions
+    tensor_memory: int  # columns of a block, on sm_100
 
 
 class Outcome(NamedTuple):
@@ -83,18 +91,22 @@ def kernel_modules() -> list[Any]:
     return [module for module in modules if hasattr(module, "builds")]
 
 
+def builds(target: int | str, pattern: str) -> dict[str, Any]:
+    """The builds whose name, "module/build", matches `pattern`."""
+    modules = {module.__name__.rpartition(".")[2]: module for module in kernel_modules()}
+    named = {f"{name}/{build.name}": build for name, module in modules.items() for build in module.builds(target)}
+    return {name: build for name, build in named.items() if re.search(pattern, name)}
+
+
 def compile_target(target: int | str, pattern: str) -> Iterator[Outcome]:
-    """Compiles the builds whose name, "module/build", matches `pattern`."""
-    for module in kernel_modules():
-        for build in module.builds(target):
-            name = f"{module.__name__.rpartition('.')[2]}/{build.name}"
-            if re.search(pattern, name):
-                print(f"building {name}", file=sys.stderr, flush=True)  # should the process die of it
-                try:
-                    result, error = compile_build(build, target), ""
-                except Exception as exception:
-                    result, error = None, f"{type(exception).__name__}: {exception}".partition("\n")[0]
-                yield Outcome(name, build.num_warps, build.tensor_cores, result, error)
+    """Compiles `builds`."""
+    for name, build in builds(target, pattern).items():
+        print(f"building {name}", file=sys.stderr, flush=True)  # should the process die of it
+        try:
+            result, error = compile_build(build, target), ""
+        except Exception as exception:
+            result, error = None, f"{type(exception).__name__}: {exception}".partition("\n")[0]
+        yield Outcome(name, build.num_warps, build.tensor_cores, result, error)
 
 
 def compiled(build: Any, target: int | str) -> Any:
@@ -119,14 +131,14 @@ def compiled(build: Any, target: int | str) -> Any:
 
 def compile_build(build: Any, target: int | str) -> Result:
     kernel = compiled(build, target)
-    shared = kernel.metadata.shared
+    metadata = kernel.metadata
     if "cubin" in kernel.asm:
-        return Result(*cubin_resources(kernel.asm["cubin"]), shared, len(TENSOR_CORES.findall(kernel.asm["ptx"])))
+        tensor_cores = len(TENSOR_CORES.findall(kernel.asm["ptx"]))
+        return Result(*cubin_resources(kernel.asm["cubin"]), metadata.shared, tensor_cores, metadata.tmem_size or 0)
     assembly = kernel.asm["amdgcn"]
     fields = {name: int(value) for name, value in re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)\s*$", assembly, re.M)}
-    return Result(
-        fields["vgpr_count"], fields["private_segment_fixed_size"], shared, len(TENSOR_CORES.findall(assembly))
-    )
+    tensor_cores = len(TENSOR_CORES.findall(assembly))
+    return Result(fields["vgpr_count"], fields["private_segment_fixed_size"], metadata.shared, tensor_cores, 0)
 
 
 def cubin_resources(cubin: bytes) -> tuple[int, int]:
@@ -159,19 +171,21 @@ def build_target(target: int | str, pattern: str) -> list[Outcome]:
     return outcomes
 
 
-# ---- rules ----
+# ---- rules and budget ----
 
 
 def broken_rules(target: int | str, outcome: Outcome) -> list[str]:
     """What is wrong with a build on `target`."""
-    result, limit = outcome.result, TARGETS[target].shared_of_block
+    result, limits = outcome.result, TARGETS[target]
     if result is None:
         return [outcome.error]
     broken = []
     if result.spilled:
         broken.append(f"spills {result.spilled} bytes")
-    if result.shared > limit:
-        broken.append(f"needs {result.shared} bytes of shared memory of {limit}")
+    if result.shared > limits.shared_of_block:
+        broken.append(f"needs {result.shared} bytes of shared memory of {limits.shared_of_block}")
+    if result.tensor_memory > limits.tensor_memory:
+        broken.append(f"needs {result.tensor_memory} columns of tensor memory of {limits.tensor_memory}")
     if outcome.expects_tensor_cores and not result.tensor_cores:
         broken.append("has no tensor-core instruction")
     if result.tensor_cores and not outcome.expects_tensor_cores:
@@ -180,28 +194,63 @@ def broken_rules(target: int | str, outcome: Outcome) -> list[str]:
 
 
 def occupancy(target: int | str, num_warps: int, result: Result) -> float:
-    """The share of a multiprocessor's warps that can be there at once."""
+    """The share of a multiprocessor's warps that can be there at once, as NVIDIA's cuda_occupancy.h computes it."""
     limits = TARGETS[target]
-    unit = limits.register_unit
-    registers = -(-max(result.registers, 1) * limits.warp_size // unit) * unit
+    registers = _rounded_up(max(result.registers, 1) * limits.warp_size, limits.register_unit)
+    warps = limits.registers // PARTITIONS // registers * PARTITIONS
+    blocks = [limits.blocks, limits.warps // num_warps, warps // num_warps]
     reserved = KIB if isinstance(target, int) and target >= 80 else 0
-    blocks = min(
-        limits.blocks,
-        limits.warps // num_warps,
-        limits.registers // registers // num_warps,
-        limits.shared // (result.shared + reserved) if result.shared + reserved else limits.blocks,
-    )
-    return blocks * num_warps / limits.warps
+    shared = _rounded_up(result.shared + reserved, limits.shared_unit)
+    if shared:
+        blocks.append(limits.shared // shared)
+    if result.tensor_memory:
+        blocks.append(limits.tensor_memory // result.tensor_memory)
+    return min(blocks) * num_warps / limits.warps
 
 
-def differences(target: int | str, outcomes: Sequence[Outcome], budget: dict[str, list[int]]) -> list[str]:
-    """Where the results are not exactly those of the budget."""
-    built = {outcome.name: list(outcome.result) for outcome in outcomes if outcome.result is not None}
-    return [
-        f"sm {target} {name}: {built.get(name, 'nothing')} was built, the budget has {budget.get(name, 'nothing')}"
-        for name in sorted({*built, *budget})
-        if built.get(name) != budget.get(name)
-    ]
+def _rounded_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def over_budget(outcomes: Sequence[Outcome], budget: dict[str, Result]) -> list[tuple[str, str]]:
+    """The builds of a target that are worse than the budget, or not those of the budget, and why."""
+    found = [(name, "was not built, but the budget has it") for name in budget.keys() - {o.name for o in outcomes}]
+    for name, _, _, result, _ in outcomes:
+        if name not in budget:
+            found.append((name, "is not in the budget"))
+        elif result is not None:
+            found += [(name, text) for text in _excesses(result, budget[name])]
+    return sorted(found)
+
+
+def _excesses(result: Result, budget: Result) -> list[str]:
+    found = []
+    if result.registers > budget.registers + REGISTER_SLACK:
+        found.append(f"takes {result.registers} registers, {budget.registers} in the budget")
+    if result.shared > budget.shared:
+        found.append(f"takes {result.shared} bytes of shared memory, {budget.shared} in the budget")
+    if result.tensor_cores < budget.tensor_cores:
+        found.append(f"has {result.tensor_cores} tensor-core instructions, {budget.tensor_cores} in the budget")
+    return found
+
+
+def read_budget(pattern: str = "") -> tuple[str, dict[str, dict[str, Result]]]:
+    """The version of Triton, and what it made on each target of each build whose name matches `pattern`."""
+    table = json.loads(BUDGET.read_text())
+    version = table.pop("triton")
+    return version, {
+        target: {name: Result(*row) for name, row in rows.items() if re.search(pattern, name)}
+        for target, rows in table.items()
+    }
+
+
+def write_budget(path: Path, version: str, built: dict[int | str, list[Outcome]]) -> None:
+    """One line a build, so that changes read well."""
+    table: dict[str, Any] = {"triton": version}
+    for target, outcomes in built.items():
+        table[str(target)] = {o.name: o.result for o in sorted(outcomes) if o.result is not None}
+    text = json.dumps(table, indent=1)
+    path.write_text(re.sub(r"\[[\s\d,]+\]", lambda row: json.dumps(json.loads(row[0])), text) + "\n")
 
 
 # ---- command ----
@@ -212,8 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = {str(target): target for target in TARGETS}
     parser.add_argument("--targets", nargs="+", choices=names, default=list(names), metavar="TARGET")
     parser.add_argument("--only", default="", metavar="REGEX", help="builds whose name, kernel/build, matches")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to add this Triton's results")
-    parser.add_argument("--check", action="store_true", help=f"compare with {BUDGET.relative_to(ROOT)}")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to write the results")
+    parser.add_argument("--check", action="store_true", help="compare with bench/kernel_budget.json, too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets at once")
     parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -227,23 +276,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     targets = [names[name] for name in options.targets]
     with ThreadPoolExecutor(options.jobs) as pool:
         built = dict(zip(targets, pool.map(lambda target: build_target(target, options.only), targets), strict=True))
+    if not any(built.values()):
+        parser.error(f"--only must match a build, got {options.only}")
     print(f"Triton {triton.__version__}")
-    print(f"{'target':7} {'kernel':60} registers  spilled   shared tensor cores occupancy")
+    print(f"{'target':7} {'kernel':50} registers spilled shared tensor cores tensor memory occupancy")
     for target, outcomes in built.items():
         for outcome in outcomes:
-            print(f"{target!s:7} {outcome.name:60} {_columns(target, outcome)}")
+            print(f"{target!s:7} {outcome.name:50} {_columns(target, outcome)}")
     problems = [
-        f"sm {target} {outcome.name}: {problem}"
+        f"{target} {outcome.name}: {problem}"
         for target, outcomes in built.items()
         for outcome in outcomes
         for problem in broken_rules(target, outcome)
     ]
+    print(_summary(built))
     if options.check:
         problems += check(triton.__version__, built, options.only)
     for problem in problems:
         print(problem, file=sys.stderr)
     if options.out:
-        write(options.out, triton.__version__, built, options.only)
+        write_budget(options.out, triton.__version__, built)
     return int(bool(problems))
 
 
@@ -251,32 +303,28 @@ def _columns(target: int | str, outcome: Outcome) -> str:
     result = outcome.result
     if result is None:
         return outcome.error
-    share = occupancy(target, outcome.num_warps, result)
-    return f"{result.registers:9} {result.spilled:8} {result.shared:8} {result.tensor_cores:12} {share:9.0%}"
+    numbers = f"{result.registers:9} {result.spilled:7} {result.shared:6} {result.tensor_cores:12}"
+    return f"{numbers} {result.tensor_memory:13} {occupancy(target, outcome.num_warps, result):9.0%}"
+
+
+def _summary(built: dict[int | str, list[Outcome]]) -> str:
+    results = [outcome.result for outcomes in built.values() for outcome in outcomes]
+    made = [result for result in results if result is not None]
+    most = max((result.registers for result in made), default=0)
+    spilling = sum(result.spilled > 0 for result in made)
+    return f"{len(results)} builds, {len(results) - len(made)} failed, {spilling} spill; at most {most} registers"
 
 
 def check(version: str, built: dict[int | str, list[Outcome]], pattern: str) -> list[str]:
-    """`differences` of all targets from the budget for this version of Triton."""
-    budgets = json.loads(BUDGET.read_text())
-    if version not in budgets:
-        return [f"{BUDGET.name} has nothing for Triton {version}, only for {', '.join(budgets)}"]
-    found = []
-    for target, outcomes in built.items():
-        budget = budgets[version].get(str(target), {})
-        found += differences(target, outcomes, {k: v for k, v in budget.items() if re.search(pattern, k)})
-    return found
-
-
-def write(path: Path, version: str, built: dict[int | str, list[Outcome]], pattern: str = "") -> None:
-    """Replaces what the file has for this version, these targets and builds; a line each, so that changes read well."""
-    table = json.loads(path.read_text()) if path.exists() else {}
-    mine = table.setdefault(version, {})
-    for target, outcomes in built.items():
-        others = {k: v for k, v in mine.get(str(target), {}).items() if not re.search(pattern, k)}
-        results = {outcome.name: outcome.result for outcome in outcomes if outcome.result is not None}
-        mine[str(target)] = dict(sorted({**others, **results}.items()))
-    text = json.dumps(dict(sorted(table.items())), indent=1)
-    path.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text) + "\n")
+    """`over_budget` of all targets, if the budget is for this version of Triton."""
+    budget_version, budget = read_budget(pattern)
+    if version != budget_version:
+        return [f"{BUDGET.name} is for Triton {budget_version}, this is {version}"]
+    return [
+        f"{target} {name}: {problem}"
+        for target, outcomes in built.items()
+        for name, problem in over_budget(outcomes, budget.get(str(target), {}))
+    ]
 
 
 if __name__ == "__main__":

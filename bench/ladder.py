@@ -28,7 +28,7 @@ from detr_fast import ops, reference
 from detr_fast.checkpoint import save_model
 from detr_fast.merge import panoptic_merge
 
-TARGET = (480, 640)  # (height, width) of the photograph whose segmentation is written
+TARGET = cases.REAL.target  # the photograph's, whose segmentation is written
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,32 @@ class FrozenBatchNorm2d(nn.Module):
         return reference.frozen_batch_norm(x, self)
 
 
+class LiveBatchNorm2d(FrozenBatchNorm2d):
+    """Batch normalisation that trains, by the names and with the state of a frozen one: as nn.BatchNorm2d, with
+    momentum 0.1."""
+
+    def __init__(self, frozen: FrozenBatchNorm2d):
+        super().__init__(len(frozen.weight))
+        self.load_state_dict(frozen.state_dict())
+        for name in ("weight", "bias"):
+            parameter = nn.Parameter(getattr(self, name))
+            delattr(self, name)
+            self.register_parameter(name, parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,H,W] to [B,C,H,W], by the batch's statistics in training and by the running ones in evaluation."""
+        statistics = (self.running_mean, self.running_var)
+        return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, 0.1, self.eps)
+
+
+def thaw_batch_norm(module: nn.Module) -> None:
+    """Replaces every FrozenBatchNorm2d within `module` by a LiveBatchNorm2d, for a backbone that is not pretrained."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is FrozenBatchNorm2d:
+                setattr(parent, name, LiveBatchNorm2d(child).to(child.weight.device))
+
+
 class FoldedConv(NamedTuple):
     """A convolution and the frozen normalisation after it as one convolution with a bias."""
 
@@ -62,7 +89,28 @@ class FoldedConv(NamedTuple):
         return ops.conv2d(x, self.weight, self.bias, **geometry, relu=relu, residual=residual)
 
 
+class LiveConv(NamedTuple):
+    """A convolution and the live normalisation after it."""
+
+    conv: nn.Conv2d
+    norm: LiveBatchNorm2d
+    weight: Tensor
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, norm: FrozenBatchNorm2d, dtype: torch.dtype) -> LiveConv:
+        assert isinstance(norm, LiveBatchNorm2d)
+        return cls(conv, norm, ops.image_layout(conv.weight.to(dtype)))
+
+    def __call__(self, x: Tensor, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        conv = self.conv
+        y = self.norm(F.conv2d(x, self.weight, None, conv.stride, conv.padding, conv.dilation))
+        if residual is not None:
+            y = y + residual
+        return y.relu_() if relu else y
+
+
 Unit = tuple[nn.Conv2d, FrozenBatchNorm2d]
+Convs = Mapping[nn.Module, FoldedConv | LiveConv]
 
 
 class Block(nn.Module):
@@ -74,10 +122,10 @@ class Block(nn.Module):
         """Each convolution of the main branch with the normalisation after it, in order."""
         raise TypeError(f"{type(self).__name__} must say what its units are")
 
-    def forward(self, x: Tensor, folded: dict[nn.Module, FoldedConv]) -> Tensor:
+    def forward(self, x: Tensor, convs: Convs) -> Tensor:
         """[B,C,H,W] to [B,C',H/stride,W/stride]; may overwrite x."""
-        *first, last = (folded[conv] for conv, _ in self.units())
-        identity = x if self.downsample is None else folded[self.downsample[0]](x)
+        *first, last = (convs[conv] for conv, _ in self.units())
+        identity = x if self.downsample is None else convs[self.downsample[0]](x)
         for conv in first:
             x = conv(x, relu=True)
         return last(x, relu=True, residual=identity)
@@ -162,17 +210,20 @@ class ResNet(nn.Module):
         """The outputs of the four stages, strides 4, 8, 16 and 32 (16 with dilation), for images [B,3,H,W]."""
         if ops.is_plain("backbone"):
             return reference.resnet(self, x)
-        folded = self._folded(x.dtype)
-        x = F.max_pool2d(folded[self.conv1](ops.image_layout(x), relu=True), 3, 2, 1)
+        convs = self._convs(x.dtype)
+        x = F.max_pool2d(convs[self.conv1](ops.image_layout(x), relu=True), 3, 2, 1)
         outputs = []
         for stage in self.stages():
             for block in stage:
-                x = block(x, folded)
+                x = block(x, convs)
             outputs.append(x)
         return outputs
 
-    def _folded(self, dtype: torch.dtype) -> dict[nn.Module, FoldedConv]:
+    def _convs(self, dtype: torch.dtype) -> Convs:
+        """Each convolution with its normalisation: folded into one, unless the latter is live."""
         units = self.units()
+        if isinstance(self.bn1, LiveBatchNorm2d):
+            return {conv: LiveConv.of(conv, norm, dtype) for conv, norm in units}
         sources = [tensor for conv, norm in units for tensor in (conv.weight, *norm.buffers())]
         layout = ops.is_plain("channels_last")
         return ops.kept(

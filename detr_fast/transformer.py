@@ -107,10 +107,15 @@ class TransformerEncoderLayer(FeedForward):
     def forward(self, x: Tensor, position: Tensor, tokens: Tokens) -> Tensor:
         """x [B,L,d], the residual stream; position [B,L,3d] from `position_bias`, in the dtype to compute in."""
         attn, dtype = self.self_attn, position.dtype
-        q, k, v = ops.project(x.to(dtype), attn.projection(dtype), position).chunk(3, -1)
+        q, k, v = self.projected(x, position)
         y = tokens.self_attention(q, k, v, attn.num_heads, attn.dropout if self.training else 0.0)
         x = ops.add_layer_norm(x, self.dropout(ops.linear(attn.out_proj, y)), self.norm1)
         return ops.add_layer_norm(x, self.dropout(self.feed_forward(x.to(dtype))), self.norm2)
+
+    def projected(self, x: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        """Q, K and V [B,L,d] of the self-attention."""
+        dtype = position.dtype
+        return ops.project(x.to(dtype), self.self_attn.projection(dtype), position).chunk(3, -1)
 
 
 class TransformerDecoderLayer(FeedForward):
@@ -132,15 +137,19 @@ class TransformerDecoderLayer(FeedForward):
 
     def forward(self, tgt: Tensor, k: Tensor, v: Tensor, biases: tuple[Tensor, Tensor], tokens: Tokens) -> Tensor:
         """tgt [B,Q,d], the residual stream; k and v [B,L,d] of the memory; biases from `query_biases`."""
-        attn, cross, dtype = self.self_attn, self.multihead_attn, k.dtype
-        dropout = attn.dropout if self.training else 0.0
-        own = ops.project(tgt.to(dtype), attn.projection(dtype), biases[0]).chunk(3, -1)
-        y = ops.attention(own[0], own[1], own[2], attn.num_heads, dropout=dropout)
-        tgt = ops.add_layer_norm(tgt, self.dropout(ops.linear(attn.out_proj, y)), self.norm1)
-        q = ops.project(tgt.to(dtype), cross.projection(dtype)[: cross.embed_dim], biases[1])
-        y = tokens.cross_attention(q, k, v, cross.num_heads, dropout)
+        cross, dtype = self.multihead_attn, k.dtype
+        tgt, q = self.cross_queries(tgt, biases, dtype)
+        y = tokens.cross_attention(q, k, v, cross.num_heads, cross.dropout if self.training else 0.0)
         tgt = ops.add_layer_norm(tgt, self.dropout(ops.linear(cross.out_proj, y)), self.norm2)
         return ops.add_layer_norm(tgt, self.dropout(self.feed_forward(tgt.to(dtype))), self.norm3)
+
+    def cross_queries(self, tgt: Tensor, biases: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """tgt [B,Q,d] after self-attention, and the Q [B,Q,d] of the cross-attention that follows."""
+        attn, cross = self.self_attn, self.multihead_attn
+        q, k, v = ops.project(tgt.to(dtype), attn.projection(dtype), biases[0]).chunk(3, -1)
+        y = ops.attention(q, k, v, attn.num_heads, dropout=attn.dropout if self.training else 0.0)
+        tgt = ops.add_layer_norm(tgt, self.dropout(ops.linear(attn.out_proj, y)), self.norm1)
+        return tgt, ops.project(tgt.to(dtype), cross.projection(dtype)[: cross.embed_dim], biases[1])
 
 
 class TransformerEncoder(nn.Module):

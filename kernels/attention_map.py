@@ -98,8 +98,9 @@ def statistics_kernel(
         maximum = tl.max(tl.max(scores, 1), 0)
         shift = tl.where(maximum == float("-inf"), 0.0, maximum)  # only padding: no inf - inf
         total = tl.sum(tl.sum(tl.exp2(scores - shift), 1), 0)
-        tl.store(maximum_ptr + query * blocks + block, maximum)
-        tl.store(total_ptr + query * blocks + block, total)
+        part = query * blocks + block
+        tl.store(maximum_ptr + part, maximum)
+        tl.store(total_ptr + part, total)
 
 
 @triton.jit(do_not_specialize=["blocks"])

@@ -188,18 +188,18 @@ def resize_backward_kernel(
     columns_table = out_height * (1 + row_span)
     top = tl.load(tables_ptr + row, mask=row_mask, other=0)  # [BLOCK_H]
     left = tl.load(tables_ptr + columns_table + column, mask=column_mask, other=0)  # [BLOCK_W]
-    row_weights_ptr = weights_ptr + out_height + row * row_span  # [BLOCK_H]
-    column_weights_ptr = weights_ptr + columns_table + out_width + column * column_span  # [BLOCK_W]
+    row_table = out_height + row * row_span  # [BLOCK_H]
+    column_table = columns_table + out_width + column * column_span  # [BLOCK_W]
     pixel = row[:, None] * out_width + column[None, :]  # [BLOCK_H, BLOCK_W]
 
     for plane in range(start, tl.minimum(start + PLANES, planes)):
         plane_ptr = grad_ptr + plane_offset(start * 0 + plane, height * width)
         total = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)  # [BLOCK_H, BLOCK_W]
         for i in range(row_span):
-            row_weight = tl.load(row_weights_ptr + i, mask=row_mask, other=0.0)  # [BLOCK_H]
+            row_weight = tl.load(weights_ptr + (row_table + i), mask=row_mask, other=0.0)  # [BLOCK_H]
             line = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)  # [BLOCK_H, BLOCK_W]
             for j in range(column_span):
-                column_weight = tl.load(column_weights_ptr + j, mask=column_mask, other=0.0)  # [BLOCK_W]
+                column_weight = tl.load(weights_ptr + (column_table + j), mask=column_mask, other=0.0)  # [BLOCK_W]
                 inside = (row_weight != 0)[:, None] & (column_weight != 0)[None, :]  # no weight: perhaps outside
                 offset = (top + i)[:, None] * width + (left + j)[None, :]  # [BLOCK_H, BLOCK_W]
                 grad = tl.load(plane_ptr + offset, mask=inside, other=0.0).to(tl.float32)
@@ -220,6 +220,10 @@ class Config(NamedTuple):
     planes: int
     num_warps: int
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_H": self.block_h, "BLOCK_W": self.block_w, "PLANES": self.planes}
+
 
 # Read off builds, untimed until a GPU is at hand: four pixels a thread keep the 16 loads of a query in flight in at
 # most 80 registers, which leaves room for 6 blocks a multiprocessor; 64 columns of a byte are whole sectors. A
@@ -234,6 +238,8 @@ CONFIGS: dict[int | str, Config] = {
     100: Config(8, 64, 16, 4),
     "gfx942": Config(8, 64, 16, 2),
 }
+# The gradient sums over a window at each pixel: with four of those a thread Triton 3.6 spills, with two none does.
+GRADIENT_CONFIGS = {target: config._replace(block_h=4) for target, config in CONFIGS.items()}
 
 
 def config_for(target: int | str, configs: dict[int | str, Any] = CONFIGS) -> Any:
@@ -462,9 +468,7 @@ def _upsample(
             *masks.stride(),
             len(header),
             cutoff,
-            BLOCK_H=config.block_h,
-            BLOCK_W=config.block_w,
-            PLANES=config.planes,
+            **config.blocks,
             BINARY=binary,
             num_warps=config.num_warps,
         )
@@ -475,7 +479,7 @@ def launch_bilinear_resize_backward(grad: Tensor, height: int, width: int) -> Te
     check_masks(grad, [len(grad)])
     grad = strided_masks(grad).contiguous()
     out = torch.empty((len(grad), height, width), dtype=grad.dtype, device=grad.device)
-    config = config_for(target_of(grad.device))
+    config = config_for(target_of(grad.device), GRADIENT_CONFIGS)
     tiles = tiles_of(height, width, config) * triton.cdiv(len(grad), config.planes)
     if tiles == 0:
         return out
@@ -497,9 +501,7 @@ def launch_bilinear_resize_backward(grad: Tensor, height: int, width: int) -> Te
             width,
             row_span,
             column_span,
-            BLOCK_H=config.block_h,
-            BLOCK_W=config.block_w,
-            PLANES=config.planes,
+            **config.blocks,
             num_warps=config.num_warps,
         )
     return out
@@ -614,13 +616,12 @@ def dtypes_of(target: int | str) -> tuple[str, ...]:
 
 def builds(target: int | str) -> list[Build]:
     """Every configuration that the launchers choose on `target`."""
-    config = config_for(target)
-    blocks = {"BLOCK_H": config.block_h, "BLOCK_W": config.block_w, "PLANES": config.planes}
+    config, gradient = config_for(target), config_for(target, GRADIENT_CONFIGS)
     found = []
     for dtype in dtypes_of(target):
         tables = {"tables_ptr": "*i32", "weights_ptr": "*fp32"}
         for binary in (True, False):
-            constexprs = {**blocks, "BINARY": binary}
+            constexprs = {**config.blocks, "BINARY": binary}
             signature = {
                 "masks_ptr": f"*{dtype}",
                 "header_ptr": "*i64",
@@ -631,7 +632,7 @@ def builds(target: int | str) -> list[Build]:
                 "stride_mw": "i32",
                 "images": "i32",
                 "cutoff": "fp32",
-                **{name: "constexpr" for name in (*blocks, "BINARY")},
+                **{name: "constexpr" for name in constexprs},
             }
             pointers = tuple(name for name in signature if name.endswith("_ptr"))
             name = f"{'mask_upsample' if binary else 'bilinear_resize'}-{dtype}"
@@ -642,9 +643,11 @@ def builds(target: int | str) -> list[Build]:
             **tables,
             "out_ptr": f"*{dtype}",
             **{name: "i32" for name in sizes},
-            **{name: "constexpr" for name in blocks},
+            **{name: "constexpr" for name in gradient.blocks},
         }
         pointers = tuple(name for name in signature if name.endswith("_ptr"))
         name = f"bilinear_resize_backward-{dtype}"
-        found.append(Build(name, resize_backward_kernel, signature, blocks, config.num_warps, 3, pointers, False))
+        found.append(
+            Build(name, resize_backward_kernel, signature, gradient.blocks, gradient.num_warps, 3, pointers, False)
+        )
     return found

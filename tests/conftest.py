@@ -18,6 +18,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def far_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes tensors larger than all memory."""
+    if CUDA:
+        pytest.skip("memory that need not exist is the interpreter's alone")
+    from triton.runtime import interpreter
+
+    # it would copy all of the memory onto itself
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    torch.use_deterministic_algorithms(False)  # they would fill it
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not CUDA and item.get_closest_marker("gpu"):

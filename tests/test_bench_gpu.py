@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases, gpu, measure
-from bench.gpu_cases import REAL, TINY, Case, Draw, all_cases, poisoned, wrong
+from bench.cases import REAL, TINY
+from bench.gpu_cases import Case, Draw, all_cases, poisoned, wrong
 from bench.gpu_tables import broken, tables
 from tiny import CONFIG
 

@@ -248,7 +248,7 @@ def test_hub_entry_points(name: str) -> None:
 
 
 def test_hub_pretrained_reads_the_checkpoint_of_that_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = hub.DetrConfig(masks=True, num_classes=250)
+    config = hub.PRESETS["detr_resnet50_panoptic"]
     seen = []
 
     def read(name: str) -> Any:
@@ -262,7 +262,7 @@ def test_hub_pretrained_reads_the_checkpoint_of_that_name(monkeypatch: pytest.Mo
     monkeypatch.setattr(hub, "read_checkpoint", read)
     with pytest.raises(CheckpointError, match="detr_resnet50_panoptic: missing"):
         hub.detr_resnet50_panoptic(pretrained=True)
-    monkeypatch.setattr(hub, "DetrConfig", lambda **options: small.config)
+    monkeypatch.setitem(hub.PRESETS, "detr_resnet50_panoptic", small.config)
     model = hub.detr_resnet50_panoptic(pretrained=True)
     assert seen == ["detr_resnet50_panoptic"] * 2 and model.training
     assert torch.equal(model.detr.class_embed.weight, small.detr.class_embed.weight)

@@ -5,17 +5,16 @@ The contract: at most twice the error of `reference.attention` in the same dtype
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from detr_fast import reference
 from detr_fast.kernels import attention as kernels
+from far_memory import STEP, sparse, spread
 
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -159,31 +158,11 @@ def test_empty(batch: int, queries: int, keys: int, device: torch.device) -> Non
         assert x.shape == like.shape and (x == 0).all()
 
 
-STEP = 2**30 + 64  # two of them are beyond 32 bits, one is not, so that Triton has it in 32
-
-
-def sparse(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros of a size that no memory need have: pages exist once written.
-
-    They lie on both sides of the tensor: an offset that wraps around finds zeros, and not a crash.
-    """
-    reach = 2**31 + 2**20
-    noreserve = 0x4000
-    memory = mmap.mmap(-1, 2 * reach * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve)
-    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides, reach)
-
-
-def spread(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    return sparse(tuple(x.shape), strides, x.dtype).copy_(x)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="memory that need not exist is the interpreter's alone")
 @pytest.mark.parametrize("axis", ["image", "row"])
-def test_offsets_beyond_32_bits(axis: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_beyond_32_bits(
+    axis: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, far_memory: None
+) -> None:
     """Each tensor in turn spans more than 2^31 elements; 3 images, or 3 rows, lie 2^30 elements and a little apart."""
-    # it would copy all of the memory onto itself
-    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
-    torch.use_deterministic_algorithms(False)
     rows = 3 if axis == "row" else 2
     strides = (0, STEP, 1) if axis == "row" else (STEP, 16, 1)
     generator = torch.Generator().manual_seed(0)
@@ -197,11 +176,11 @@ def test_offsets_beyond_32_bits(axis: str, device: torch.device, monkeypatch: py
 
     for index in range(5):
         far: list[Tensor] = [q, k, v, grad, out]
-        far[index] = spread(far[index], strides)
+        far[index] = spread(far[index], *strides)
         assert torch.equal(kernels.launch_attention(far[0], far[1], far[2], 1, padding)[0], out)
         again = kernels.launch_attention_backward(far[3], far[0], far[1], far[2], far[4], lse, 1, padding)
         assert all(torch.equal(x, y) for x, y in zip(again, grads, strict=True))
-    far_padding = spread(padding.byte(), strides[:2] if axis == "image" else (0, STEP)).view(torch.bool)
+    far_padding = spread(padding.byte(), *(strides[:2] if axis == "image" else (0, STEP))).view(torch.bool)
     assert torch.equal(kernels.launch_attention(q, k, v, 1, far_padding)[0], out)
 
     empty = torch.empty
@@ -214,6 +193,24 @@ def test_offsets_beyond_32_bits(axis: str, device: torch.device, monkeypatch: py
     assert far_out.stride() == strides and torch.equal(far_out, out)
     again = kernels.launch_attention_backward(grad, q, k, v, out, lse, 1, padding)
     assert all(x.stride() == strides and torch.equal(x, y) for x, y in zip(again, grads, strict=True))
+
+
+def test_parts_beyond_32_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch, far_memory: None) -> None:
+    """What the splits of the keys leave to be combined, 2^30 elements and a little apart."""
+    q, k, v, _ = inputs(Case(2, 3, 150, 1, 16), torch.float16, device)
+    out, lse = kernels.launch_attention(q, k, v, 1, None, splits=3)
+    empty, spreads = torch.empty, []
+
+    def far_empty(shape: tuple[int, ...], **options: torch.dtype) -> Tensor:
+        near = empty(shape, **options)
+        if len(shape) != 4 or shape[0] != 3:
+            return near
+        spreads.append(shape)
+        return sparse(shape, (STEP, *near.stride()[1:]), near.dtype)
+
+    monkeypatch.setattr(torch, "empty", far_empty)
+    again, again_lse = kernels.launch_attention(q, k, v, 1, None, splits=3)
+    assert spreads == [(3, 2, 3, 16), (3, 2, 1, 3)] and torch.equal(again, out) and torch.equal(again_lse, lse)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -5,18 +5,17 @@ The contract: at most twice the error of the definition in float32, in which it 
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from triton.runtime import interpreter
 
 from detr_fast import reference
 from detr_fast.kernels import attention_map as kernels
 from detr_fast.segmentation import MHAttentionMap
+from far_memory import STEP, sparse, spread
 
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -144,26 +143,8 @@ def test_empty(queries: int, batch: int, keys: int, device: torch.device) -> Non
     assert kernels.attention_map(q, k, image, 2, padding).shape == (queries, keys, 2)
 
 
-STEP = 2**30 + 64  # two of them are beyond 32 bits, one is not, so that Triton has it in 32
-
-
-def sparse(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros of a size that no memory need have: pages exist once written.
-
-    They lie on both sides of the tensor: an offset that wraps around finds zeros, and not a crash.
-    """
-    reach = 2**31 + 2**20
-    noreserve = 0x4000
-    memory = mmap.mmap(-1, 2 * reach * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve)
-    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides, reach)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="memory that need not exist is the interpreter's alone")
-def test_offsets_beyond_32_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_beyond_32_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch, far_memory: None) -> None:
     """Each tensor in turn spans more than 2^31 elements: its 3 rows or images lie 2^30 and a little apart."""
-    # it would copy all of the memory onto itself
-    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
-    torch.use_deterministic_algorithms(False)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(3, 16, generator=generator).half()
     k = torch.randn(3, 3, 16, generator=generator).half()
@@ -171,9 +152,6 @@ def test_offsets_beyond_32_bits(device: torch.device, monkeypatch: pytest.Monkey
     padding[-1, -1] = True
     image = torch.arange(3)
     out = kernels.launch_attention_map(q, k, image, 1, padding)
-
-    def spread(x: Tensor, *strides: int) -> Tensor:
-        return sparse(tuple(x.shape), strides, x.dtype).copy_(x)
 
     for far_q, far_k, far_padding in (
         (spread(q, STEP, 1), k, padding),

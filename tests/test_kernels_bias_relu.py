@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 from detr_fast.kernels import bias_relu as kernels
+from far_memory import sparse
 
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -61,6 +65,23 @@ def test_float16_stays_finite_and_nan_stays_nan(device: torch.device) -> None:
     assert out[[0, 1, 3]].tolist() == [0, 0, 0] and out[2].isnan()
 
 
+def test_offsets_beyond_32_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch, far_memory: None) -> None:
+    """The last program of a batch of more than 2^31 numbers, by itself."""
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_get_program_id",
+        lambda self, axis: interpreter.TensorHandle(np.array([2**31 // kernels.BLOCK], np.int32), tl.int32),
+    )
+    beyond = slice(2**31, 2**31 + 100)
+    x, residual, out = (sparse((beyond.stop,), (1,), torch.float16) for _ in range(3))
+    bias = torch.arange(24).half()
+    x[beyond], residual[beyond] = torch.arange(100).half(), 1
+    constants = {"CHANNELS": 24, "RELU": True, "LIMIT": True, "BLOCK": kernels.BLOCK}
+    kernels.bias_relu_kernel[(1,)](x, bias, residual, out, len(x), **constants)
+    index = torch.arange(100)
+    assert out[beyond].tolist() == (index + 1 + (2**31 + index) % 24).tolist()
+
+
 def test_empty(device: torch.device) -> None:
     x, bias, residual = case((0, 4, 3, 2), torch.float32, True, device)
     assert kernels.launch_bias_relu(x, bias, residual, True).shape == (0, 4, 3, 2)
@@ -82,6 +103,6 @@ def test_refuses(change: dict, error: type[Exception], message: str, device: tor
 
 
 def test_opcheck() -> None:
-    for residual in (True, False):
-        x, bias, more = case((2, 4, 3, 2), torch.float32, residual, torch.device("cpu"))
+    for residual, dtype in ((True, torch.float32), (False, torch.float16)):
+        x, bias, more = case((2, 4, 3, 2), dtype, residual, torch.device("cpu"))
         torch.library.opcheck(kernels.bias_relu, (x, bias, more, True))

@@ -11,7 +11,15 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from detr_fast.training.criterion import SetCriterion, forward_matched, matched_selection
+from detr_fast.training import criterion as criterion_module
+from detr_fast.training.criterion import (
+    MaskLosses,
+    SetCriterion,
+    dice_loss,
+    forward_matched,
+    matched_selection,
+    sigmoid_focal_loss,
+)
 from detr_fast.training.matcher import HungarianMatcher
 from tiny import tiny_detr
 
@@ -254,6 +262,24 @@ def test_a_list_of_selected_masks_is_as_good_as_all(name: str, more: bool) -> No
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("part", [1, 70, 10_000])
+def test_mask_losses_are_the_plain_ones_however_many_at_once(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(criterion_module, "PART", part)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 33, generator=generator).mul(30).double().requires_grad_()  # some far beyond saturation
+    masks = torch.rand(7, 33, generator=generator) < 0.4
+    masks[2], masks[3] = False, True
+    focal, dice = MaskLosses.apply(logits, masks)
+    plain = sigmoid_focal_loss(logits, masks.to(logits), 1.0), dice_loss(logits, masks.to(logits), 1.0)
+    torch.testing.assert_close((focal, dice), plain, rtol=1e-12, atol=1e-12)
+    for weights in ((1, 0), (0, 1), (2, 3)):
+        ours, theirs = (
+            torch.autograd.grad(a * weights[0] + b * weights[1], logits, retain_graph=True)[0]
+            for a, b in ((focal, dice), plain)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("counts", [(2, 3), (0, 1), (0, 0)])
 def test_a_step_with_matched_masks_equals_one_with_all(counts: tuple[int, int]) -> None:
     model = tiny_detr(num_classes=NUM_CLASSES, dec_layers=2, aux_loss=True).double()  # rounding aside, they are equal
@@ -295,17 +321,17 @@ def _worker(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     outputs, targets = case((1, 3))
     mine = {name: outputs[name][rank : rank + 1] for name in ("pred_logits", "pred_boxes")}
-    torch.save(criterion_of("boxes")(mine, targets[rank : rank + 1]), f"{folder}/{rank}.pt")
+    torch.save(criterion_of("labels", "boxes")(mine, targets[rank : rank + 1]), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch is built without torch.distributed")
-def test_two_workers_divide_by_their_mean_number_of_objects(tmp_path: Path) -> None:
+def test_two_workers_divide_by_their_means(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     outputs, targets = case((1, 3))
-    together = criterion_of("boxes")(outputs, targets)
-    for name in ("loss_bbox", "loss_giou"):
+    together = criterion_of("labels", "boxes")(outputs, targets)
+    for name in ("loss_ce", "loss_bbox", "loss_giou"):
         torch.testing.assert_close((one[name] + other[name]) / 2, together[name], rtol=1e-6, atol=1e-6, msg=name)
 
 

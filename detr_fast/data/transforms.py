@@ -76,6 +76,8 @@ def resize(
         max_size: the most that the long side may be, about.
     """
     width, height = resized_size(*image.size, size, max_size) if isinstance(size, int) else size
+    if (width, height) == image.size:
+        return image, target if target is None else {**target, "size": torch.tensor([height, width])}
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     if target is None:
         return resized, None

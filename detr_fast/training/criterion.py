@@ -8,13 +8,14 @@ A training step with masks computes those of matched queries only, since matchin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from detr_fast.boxes import box_cxcywh_to_xyxy, generalized_iou
 from detr_fast.detr import DETR, Samples
@@ -24,6 +25,8 @@ from detr_fast.training.matcher import Indices, Outputs, Targets, at_least_float
 Losses = dict[str, Tensor]
 
 LOSSES = ("labels", "cardinality", "boxes", "masks")
+
+PART = 2**17  # mask pixels at once on a CPU: a core's cache holds some float32 maps of them
 
 
 class SetCriterion(nn.Module):
@@ -72,15 +75,17 @@ class SetCriterion(nn.Module):
             "loss_ce", "class_error" (percent), "cardinality_error", "loss_bbox", "loss_giou", "loss_mask" and
             "loss_dice", as far as `losses` asks for them; then, with suffix _0, _1, ..., those of the auxiliary
             outputs, without masks and class error. Box and mask losses are sums over objects, divided by the number of
-            objects: where torch.distributed runs, its mean over the workers, so that gradients averaged over them
-            equal those of one large batch.
+            objects, and the cross-entropy is a sum over queries, divided by their weights: where torch.distributed
+            runs, by the mean of either over the workers, so that gradients averaged over them equal those of one large
+            batch. (Upstream's cross-entropy is each worker's own mean.)
 
         Raises:
             ValueError: an unknown loss, or outputs and targets that do not fit.
         """
         if indices is None:
             indices = self.matcher(outputs, targets)
-        num_boxes = _mean_number(sum(len(t["labels"]) for t in targets), outputs["pred_boxes"].device)
+        objects = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=outputs["pred_boxes"].device)
+        num_boxes = _mean_over_workers(objects).clamp(min=1)
         losses: Losses = {}
         for loss in self.losses:
             losses.update(self.get_loss(loss, outputs, targets, indices, num_boxes))
@@ -121,7 +126,8 @@ class SetCriterion(nn.Module):
         labels = _objects("labels", targets, indices).to(logits.device, torch.int64)
         classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
         classes[matched] = labels
-        losses = {"loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, self.empty_weight)}
+        entropy = F.cross_entropy(logits.transpose(1, 2), classes, self.empty_weight, reduction="sum")
+        losses = {"loss_ce": entropy / _mean_over_workers(self.empty_weight[classes].sum())}
         if log:
             correct = logits.detach()[matched].argmax(-1) == labels
             losses["class_error"] = 100 - 100 * correct.sum() / max(len(labels), 1)  # 100 where there are none
@@ -156,11 +162,8 @@ class SetCriterion(nn.Module):
         masks = _object_masks(targets, indices)  # [K,H,W]
         logits = at_least_float32(_matched_masks(outputs, indices))  # [K,h,w]
         logits = F.interpolate(logits[:, None], size=masks.shape[-2:], mode="bilinear", align_corners=False).flatten(1)
-        masks = masks.to(logits).flatten(1)
-        return {
-            "loss_mask": sigmoid_focal_loss(logits, masks, num_boxes),
-            "loss_dice": dice_loss(logits, masks, num_boxes),
-        }
+        focal, dice = MaskLosses.apply(logits, masks.to(logits.device, torch.bool).flatten(1))
+        return {"loss_mask": focal / num_boxes, "loss_dice": dice / num_boxes}
 
 
 def sigmoid_focal_loss(
@@ -191,6 +194,59 @@ def dice_loss(inputs: Tensor, targets: Tensor, num_boxes: float | Tensor) -> Ten
     prob = inputs.sigmoid()
     overlap = 2 * (prob * targets).sum(1)
     return (1 - (overlap + 1) / (prob.sum(1) + targets.sum(1) + 1)).sum() / num_boxes
+
+
+class MaskLosses(torch.autograd.Function):
+    """`sigmoid_focal_loss` and `dice_loss` of [K,P] logits and bool masks, with `num_boxes` 1.
+
+    With w = sigmoid(z), the probability of the wrong answer, where z is the logit off the object and minus the logit on
+    it, both need little else: the cross-entropy is softplus(z), and dice's overlap counts the object's pixels less
+    their w. For the gradient nothing is kept but the logits, and on a CPU a part at a time stays in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        focal = logits.new_zeros(())
+        above, below = logits.new_empty((2, len(logits)))
+        for rows in _parts(logits):
+            on, sign, z = _signed(logits[rows], masks[rows])
+            wrong = z.sigmoid()
+            size, missed = on.sum(1), (wrong * on).sum(1)
+            above[rows] = 2 * (size - missed) + 1
+            below[rows] = 2 * (size - missed) + wrong.sum(1) + 1
+            focal += F.softplus(z, threshold=60).mul_(wrong).mul_(wrong).mul_(sign.add_(2)).sum()
+        ctx.save_for_backward(logits, masks, above, below)
+        return focal / (4 * max(logits.shape[1], 1)), (1 - above / below).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, focal: Tensor, dice: Tensor) -> tuple[Tensor, None]:
+        logits, masks, above, below = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        on_object, elsewhere = dice * (2 / below - above / below**2), dice * above / below**2
+        for rows in _parts(logits):
+            on, sign, z = _signed(logits[rows], masks[rows])
+            wrong = z.sigmoid()
+            right = 1 - wrong
+            # the derivative of softplus is w, and that of w is w (1 - w)
+            slope = F.softplus(z, threshold=60).mul_(right).mul_(2).add_(wrong).mul_(wrong)
+            slope.mul_(sign + 2).mul_(focal / (4 * max(logits.shape[1], 1)))
+            slope += on.mul_((on_object - elsewhere)[rows, None]).add_(elsewhere[rows, None]).mul_(right)
+            torch.mul(slope.mul_(wrong), sign, out=gradient[rows])
+        return gradient, None
+
+
+def _signed(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """1 on the object and 0 elsewhere; -1 on it and 1 elsewhere; that times the logits. (Faster than torch.where.)"""
+    on = masks.to(logits.dtype)
+    sign = 1 - 2 * on
+    return on, sign, logits * sign
+
+
+def _parts(logits: Tensor) -> Iterator[slice]:
+    """Rows of [K,P], on a CPU as many at once as the cache holds."""
+    rows = max(1, PART // max(logits.shape[1], 1)) if logits.device.type == "cpu" else max(len(logits), 1)
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))
 
 
 def matched_selection(outputs: Outputs, indices: Indices) -> Tensor:
@@ -234,13 +290,12 @@ def forward_matched(
     return outputs, criterion(outputs, targets, indices)
 
 
-def _mean_number(number: int, device: torch.device) -> float | Tensor:
-    """`number` averaged over torch.distributed's workers, at least 1."""
+def _mean_over_workers(number: Tensor) -> Tensor:
+    """A scalar, averaged over torch.distributed's workers where it runs."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return float(max(number, 1))
-    total = torch.tensor(float(number), device=device)
-    torch.distributed.all_reduce(total)
-    return (total / torch.distributed.get_world_size()).clamp(min=1)
+        return number
+    torch.distributed.all_reduce(number)
+    return number / torch.distributed.get_world_size()
 
 
 def _queries(indices: Indices, device: torch.device) -> tuple[Tensor, Tensor]:

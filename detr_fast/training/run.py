@@ -1,0 +1,117 @@
+"""A training's folder: settings, log, checkpoint and pictures, whole at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from detr_fast.labeling.writers import write_json_lines
+
+SETTINGS, LOG, CHECKPOINT, BAD = "settings.json", "log.jsonl", "checkpoint.pth", "bad_annotations.txt"
+
+# what may differ between a run and its resumption: how long and how, not what
+MAY_CHANGE = ("epochs", "steps", "save_every", "workers", "device")
+
+
+class Run:
+    """The folder of a run.
+
+    `settings.json`, `log.jsonl` (a line for each step), `checkpoint.pth` (a model that `checkpoint.load_model` reads,
+    and under "training" what resuming needs), `loss.png`, `predictions/epoch_NNNN.jpg` and `bad_annotations.txt`.
+
+    Args:
+        folder: made if missing.
+        settings: of the training.
+        resume: go on where the run in the folder stopped, if there is one.
+
+    Raises:
+        ValueError: the folder holds a run that is not to be resumed, or one of other settings, or cannot be one.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], resume: bool = False):
+        self.folder = Path(folder)
+        self.settings = dict(settings)
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is not a folder")
+        self.exists = any((self.folder / name).exists() for name in (SETTINGS, LOG, CHECKPOINT))
+        if self.exists and not resume:
+            raise ValueError(f"{self.folder} holds another run: --resume goes on with it")
+        if self.exists:
+            self._check_settings()
+
+    def _check_settings(self) -> None:
+        path = self.folder / SETTINGS
+        try:
+            before = json.loads(path.read_bytes())
+            if not isinstance(before, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        for name, value in json.loads(json.dumps(self.settings)).items():
+            if name not in MAY_CHANGE and before.get(name) != value:
+                raise ValueError(f"{self.folder} is a run with {name} {before.get(name)!r}, not {value!r}")
+
+    def load(self) -> dict[str, Any] | None:
+        """What `save` was given last, or None; raises ValueError where it is damaged."""
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(saved["training"]["step"], int):
+                raise TypeError("step is no number")
+        except Exception as error:  # what a damaged file raises is anything
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} cannot be resumed from, it is damaged or of another origin: {reason}") from error
+        return saved
+
+    def start(self, step: int) -> None:
+        """Makes the folder ready for step `step` (from 0); what is logged of later ones is undone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_durably(self.folder / SETTINGS, lambda file: file.write(json.dumps(self.settings, indent=2).encode()))
+        write_json_lines(self.folder / LOG, [entry for entry in self.log() if entry["step"] <= step])
+
+    def log(self) -> list[dict[str, Any]]:
+        """The steps logged so far; the last line may be cut where the process was killed."""
+        path = self.folder / LOG
+        entries = []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+        return entries
+
+    def note_bad(self, problems: list[str]) -> None:
+        """Lists the bad annotations that were skipped."""
+        if problems:
+            text = "".join(f"{problem}\n" for problem in problems)
+            write_durably(self.folder / BAD, lambda file: file.write(text.encode()))
+
+    def save_picture(self, name: str, picture: Image.Image) -> None:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        write_durably(path, lambda file: picture.save(file, "PNG" if path.suffix == ".png" else "JPEG"))
+
+    def save(self, contents: Mapping[str, Any]) -> None:
+        write_durably(self.folder / CHECKPOINT, lambda file: torch.save(dict(contents), file))
+
+
+def write_durably(path: Path, write: Callable[[Any], object]) -> None:
+    """Writes a file so that under its name there is always a whole one, even when the machine stops."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
