@@ -1,7 +1,12 @@
 """What every benchmark needs: the sizes, the device, and `bench`, which checks an outcome before it times a call.
 
-pytest bench --benchmark-only            # at real sizes
-pytest bench --benchmark-only --quick    # each once, at tiny sizes: whether it works, not how fast
+    pytest bench --benchmark-only                         # at real sizes: minutes, on a quiet machine
+    pytest bench --benchmark-only --quick                 # each once, at tiny sizes: whether it works, not how fast
+    pytest bench --benchmark-only --benchmark-save=NAME   # kept in .benchmarks/, which git ignores
+    pytest bench --benchmark-only --benchmark-compare     # beside the last that was saved
+    python -m bench.compare OLD.json NEW.json             # judges two saved ones, by ratios to the references
+
+A group compares ways to compute one thing, on the same inputs, one right after the other.
 """
 
 from __future__ import annotations
