@@ -271,6 +271,14 @@ def _parser() -> argparse.ArgumentParser:
         "--ema", metavar="DECAY", type=_unit, default=0.0, help="average the weights; 0: do not (%(default)s)"
     )
 
+    length.add_argument(
+        "--query-groups",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="sets of queries that learn beside each other, of which one is kept; without masks (%(default)s)",
+    )
+
     machine = train.add_argument_group("images and machine")
     machine.add_argument("--size", metavar="SHORT", type=_positive, help="of the short side (as the config says, 800)")
     machine.add_argument("--augment", choices=("paper", "flip", "none"), default="paper", help="(%(default)s)")

@@ -119,6 +119,8 @@ class TransformerEncoderLayer(FeedForward):
 
 
 class TransformerDecoderLayer(FeedForward):
+    query_groups = 1  # in training: as many sets of queries, one after the other, that do not see each other
+
     def __init__(self, d_model: int, nhead: int, dim_feedforward: int, dropout: float):
         super().__init__(d_model, dim_feedforward, dropout)
         self.self_attn = MultiheadAttention(d_model, nhead, dropout)
@@ -147,7 +149,9 @@ class TransformerDecoderLayer(FeedForward):
         """tgt [B,Q,d] after self-attention, and the Q [B,Q,d] of the cross-attention that follows."""
         attn, cross = self.self_attn, self.multihead_attn
         q, k, v = ops.project(tgt.to(dtype), attn.projection(dtype), biases[0]).chunk(3, -1)
+        q, k, v = (x.unflatten(1, (self.query_groups, -1)).flatten(0, 1) for x in (q, k, v))
         y = ops.attention(q, k, v, attn.num_heads, dropout=attn.dropout if self.training else 0.0)
+        y = y.reshape(tgt.shape)
         tgt = ops.add_layer_norm(tgt, self.dropout(ops.linear(attn.out_proj, y)), self.norm1)
         return tgt, ops.project(tgt.to(dtype), cross.projection(dtype)[: cross.embed_dim], biases[1])
 

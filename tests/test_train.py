@@ -353,6 +353,29 @@ def test_accumulated_batches_add_up(data: Path, amp: bool) -> None:
         assert numbers["loss"] == pytest.approx(sum(singles) / 2, rel=0.2)  # dropout differs
 
 
+def test_query_groups_learn_apart_and_the_first_is_kept(data: Path, tmp_path: Path) -> None:
+    config = CONFIG | {"masks": False, "dropout": 0.0}
+    settings = settings_for(data, config, annotations="panoptic", query_groups=2, ema=0.5, lr=1e-3)
+    trainer, dataset = start_trainer(settings)
+    batch = next(batches(dataset, Portions(Order(IMAGES, 0), 2, 1, range(1)), 0, False))
+    weights = trainer.model.state_dict()
+    alone = []
+    for queries in weights["query_embed.weight"].chunk(2):
+        single = start_trainer(dataclasses.replace(settings, query_groups=1))[0]
+        single.model.load_state_dict({**weights, "query_embed.weight": queries})
+        alone.append(single.losses(batch.samples, batch.targets))
+    for name, value in trainer.losses(batch.samples, batch.targets).items():
+        torch.testing.assert_close(value, (alone[0][name] + alone[1][name]) / 2, msg=name)
+
+    trained = run_of(settings, tmp_path / "run")
+    again = start_trainer(settings)[0]
+    again.restore(torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True))
+    for one, other in ((trained.average, again.average), (trained.model.state_dict(), again.model.state_dict())):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    kept = load_model(tmp_path / "run").query_embed.weight
+    assert torch.equal(kept, trained.average["query_embed.weight"][: CONFIG["num_queries"]])
+
+
 def test_divergence_ends_the_run_before_it_spoils_the_weights(command: Command, data: Path, tmp_path: Path) -> None:
     settings = settings_for(data, steps=50, lr=1e30, clip=0.0)
     code, _, err = command(*arguments(settings), "--out", tmp_path / "run")
@@ -409,6 +432,7 @@ def test_usage_errors_are_one_line_and_exit_2(command: Command, data: Path, trai
     whole = [part for pair in right.items() for part in pair]
     cases += [
         ([*whole, "--no-masks", "--freeze-detr"], "mask head"),
+        ([*whole, "--query-groups", "2"], "query_groups"),
         ([*whole[:3], tmp_path / "damaged", *whole[4:], "--resume"], "settings.json"),
         ([*whole[:3], trained, *whole[4:], "--resume"], "is a run with"),
         (

@@ -53,6 +53,7 @@ from detr_fast.training.run import LOG, Run
 WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_mask": 1.0, "loss_dice": 1.0}
 EOS_COEF = 0.1
 ATTENTION_GAIN = 256.0
+QUERIES = "query_embed.weight"
 PICTURES = 4  # rows of a sample of predictions
 LOGGED = ("class_error", "cardinality_error", *WEIGHTS)
 
@@ -81,6 +82,8 @@ class TrainSettings:
         schedule: "step": a tenth of the rates after each `lr_drop` epochs; "cosine": half a cosine down to 0.
         lr_drop: epochs.
         warmup: steps over which the rates grow linearly from 0.
+        query_groups: sets of object queries that learn beside each other, of which the first is kept (Group DETR, Chen
+            et al. 2023): an object then teaches as many queries at once. Boxes only: a mask head is trained afterwards.
         ema: decay of a moving average of the weights, which is then what is saved; 0: none.
         amp: compute in bfloat16 what `DETR.compute_dtype` covers.
         size: pixels of the images' short side, the long one having at most 5 / 3 of them; None: as the config says.
@@ -111,6 +114,7 @@ class TrainSettings:
     schedule: str = "step"
     lr_drop: int = 200
     warmup: int = 0
+    query_groups: int = 1
     ema: float = 0.0
     amp: bool = False
     size: int | None = None
@@ -225,6 +229,8 @@ def starting_config(settings: TrainSettings, checkpoint: Checkpoint | None) -> t
         config = config.replace(masks=settings.masks)
     if settings.size is not None:
         config = config.replace(image_size=settings.size, max_image_size=settings.size * 1333 // 800)
+    if settings.query_groups > 1 and config.masks:
+        raise ValueError("query_groups is for boxes: train without masks, then the mask head alone with freeze_detr")
     if settings.freeze_detr and not config.masks:
         raise ValueError("it has no mask head to train while the rest is frozen")
     return config, says_classes
@@ -290,13 +296,25 @@ def _load(model: DETR | DETRsegm, checkpoint: Checkpoint) -> list[str]:
 class LossModule(nn.Module):
     """A model and its criterion as one module, so that DistributedDataParallel sees what it must."""
 
-    def __init__(self, model: DETR | DETRsegm, criterion: SetCriterion):
+    def __init__(self, model: DETR | DETRsegm, criterion: SetCriterion, query_groups: int = 1):
         super().__init__()
         self.model = model
         self.criterion = criterion
+        self.query_groups = query_groups
 
     def forward(self, samples: Any, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return forward_matched(self.model, samples, targets, self.criterion)[1]
+        if self.query_groups == 1:
+            return forward_matched(self.model, samples, targets, self.criterion)[1]
+        # self-attention keeps the groups apart, and each is matched on its own, as if it were another image's
+        outputs = self.model(samples)
+        grouped = [_one_group_an_image(layer, self.query_groups) for layer in (outputs, *outputs["aux_outputs"])]
+        repeated = [target for target in targets for _ in range(self.query_groups)]
+        return self.criterion({**grouped[0], "aux_outputs": grouped[1:]}, repeated)
+
+
+def _one_group_an_image(outputs: dict[str, Any], groups: int) -> dict[str, Tensor]:
+    """Predictions [B,groups*Q,...] as those of groups * B images: their losses are then means over the groups."""
+    return {name: outputs[name].unflatten(1, (groups, -1)).flatten(0, 1) for name in ("pred_logits", "pred_boxes")}
 
 
 def build_criterion(config: DetrConfig, aux_loss: bool = True) -> SetCriterion:
@@ -326,11 +344,13 @@ class Trainer:
         if settings.batch_norm == "train" and not settings.freeze_detr:
             thaw_batch_norm(detr.backbone)
         _freeze(model, settings)
+        if settings.query_groups > 1:
+            _add_query_groups(detr, settings.query_groups)
         model.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as gradients are
         model.aux_loss = not settings.freeze_detr  # without gradients, losses of inner layers are of no use
         model.compute_dtype = torch.bfloat16 if settings.amp else None
         criterion = build_criterion(model.config, model.aux_loss).to(world.device)
-        self.losses: nn.Module = LossModule(model, criterion)
+        self.losses: nn.Module = LossModule(model, criterion, settings.query_groups)
         self.weights = criterion.weight_dict
         if world.size > 1:
             self.losses = DistributedDataParallel(
@@ -423,10 +443,14 @@ class Trainer:
         """Of a checkpoint: the model as it is to be used, and what resuming needs besides."""
         weights = self.model.state_dict()
         training: dict[str, Any] = {"step": self.step_number, "optimizer": self.optimizer.state_dict()}
+        usable = dict(self.average or weights)
         if self.average is not None:
             training["model"] = weights
+        if self.settings.query_groups > 1:
+            training["queries"] = usable[QUERIES]
+            usable[QUERIES] = usable[QUERIES][: self.model.config.num_queries].clone()  # saved without the rest
         return {
-            "model": self.average or weights,
+            "model": usable,
             "config": self.model.config.to_dict(),
             "categories": self.model.categories,
             "training": training,
@@ -436,11 +460,14 @@ class Trainer:
         """Continues from `state`; raises ValueError where it does not fit."""
         training = state["training"]
         try:
-            self.model.load_state_dict(training.get("model", state["model"]))
+            usable = dict(state["model"])
+            if self.settings.query_groups > 1:
+                usable[QUERIES] = training["queries"]
+            self.model.load_state_dict(training.get("model", usable))
             self.optimizer.load_state_dict(training["optimizer"])
             if self.average is not None:
                 for name, x in self.average.items():
-                    x.copy_(state["model"][name])
+                    x.copy_(usable[name])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"the checkpoint is of another model: {' '.join(str(error).split())[:200]}") from error
         self.step_number = training["step"]
@@ -451,6 +478,16 @@ class Trainer:
         model.load_state_dict(self.state()["model"])
         model.categories = self.model.categories
         return model.eval()
+
+
+def _add_query_groups(detr: DETR, groups: int) -> None:
+    """More sets of queries, at random, beside those that a model has."""
+    first = detr.query_embed.weight.detach()
+    detr.query_embed = nn.Embedding(groups * len(first), first.shape[1])
+    with torch.no_grad():
+        detr.query_embed.weight[: len(first)] = first
+    for layer in detr.transformer.decoder.layers:
+        layer.query_groups = groups
 
 
 def rate_factor(settings: TrainSettings, step: int, total_steps: int, steps_per_epoch: float) -> float:
