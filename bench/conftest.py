@@ -11,6 +11,7 @@ A group compares ways to compute one thing, on the same inputs, one right after 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -114,15 +115,18 @@ def bench(benchmark: Any, scale: Scale, device: torch.device, ceilings: measure.
         rounds = iterations = 1
         if not once:
             info["max_error"] = check(finished())
+            took = 0.0
             if count or memory:
+                started = time.perf_counter()
                 with measure.Tally() as tally:
                     peak = measure.peak_extra_bytes(finished, device) if memory else finished()
+                took = time.perf_counter() - started
                 if memory:
                     info["peak_extra_bytes"] = peak
                 if count:
                     flops, bytes = tally.flops, tally.bytes
             if scale is not TINY and not benchmark.disabled:
-                took = measure.seconds(finished)
+                took = took if took > 1 else measure.seconds(finished)  # counting delays what is short
                 rounds = max(2 if took > 1 else 5, min(100, int(seconds / took)))
                 iterations = max(1, int(1e-3 / took))
         out = benchmark.pedantic(finished, rounds=rounds, iterations=iterations)

@@ -159,7 +159,7 @@ def gmac(call: Callable[[], Any]) -> float:
 
 
 class Ceilings:
-    """What a device gives at most, measured when it is first asked for: the best of 5 large copies or products."""
+    """What a device gives at most, measured when it is first asked for: the best of 10 large copies or products."""
 
     def __init__(self, device: torch.device, side: int | None = None):
         self.device = device
@@ -180,7 +180,7 @@ class Ceilings:
 
     def _best(self, call: Callable[[], Any]) -> float:
         until_done(call, self.device)
-        return min(seconds(lambda: until_done(call, self.device)) for _ in range(5))
+        return min(seconds(lambda: until_done(call, self.device)) for _ in range(10))
 
     def is_memory_bound(self, flops: float, moved: float, dtype: torch.dtype) -> bool:
         return moved / self.bytes_per_second > flops / self.flops_per_second(dtype)

@@ -115,7 +115,7 @@ def test_backbone(bench, subject, way):
     dtype = subject.dtype(way)
     call = subject.call(way, lambda model: model.detr.backbone[0].body(subject.image.to(dtype)))
     check = subject.check(dtype, subject.encoded["features"])
-    bench("backbone", way, call, check, shape=subject.shape, dtype=dtype, count=True, seconds=4, memory=True)
+    bench("backbone", way, call, check, shape=subject.shape, dtype=dtype, count=True, seconds=3, memory=True)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -154,7 +154,7 @@ def test_model(bench, subject, request, way):
         lambda out: check(subject.outputs(out)),
         shape=subject.shape,
         dtype=dtype,
-        seconds=6,
+        seconds=4,
         once=once,
         count=True,
         memory=True,
@@ -171,4 +171,4 @@ def test_detection(bench, subject, request, way):
         call = subject.call(way, lambda model: model.detr(image))
     check = subject.check(dtype, {name: subject.truth[name] for name in OUTPUTS[:2]})
     ours = way != "transformers"
-    bench("detection", way, call, check, shape=subject.shape, dtype=dtype, count=ours, seconds=4, memory=ours)
+    bench("detection", way, call, check, shape=subject.shape, dtype=dtype, count=ours, seconds=3, memory=ours)
