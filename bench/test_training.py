@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
 
 from bench import cases, definitions
 from bench.gpu_cases import Draw
 from detr_fast import ops
-from detr_fast.training.criterion import SetCriterion, dice_loss, forward_matched, sigmoid_focal_loss
+from detr_fast.training.criterion import SetCriterion, forward_matched
 from detr_fast.training.matcher import HungarianMatcher
 
 WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_mask": 1.0, "loss_dice": 1.0}
@@ -63,9 +62,11 @@ def test_mask_losses(bench, scale, device, way):
         return definitions.mask_losses(masks, targets, count)
 
     def fast():
-        large = nn.functional.interpolate(masks[:, None], size=scale.image, mode="bilinear", align_corners=False)
-        pair = large.flatten(1), targets.to(masks).flatten(1)
-        return {"loss_mask": sigmoid_focal_loss(*pair, count), "loss_dice": dice_loss(*pair, count)}
+        every = torch.arange(count)
+        criterion = SetCriterion(250, HungarianMatcher(1, 5, 2), WEIGHTS, 0.1, ["masks"])
+        return criterion.loss_masks(
+            {"pred_masks": masks[None]}, [{"labels": every, "masks": targets}], [(every, every)], count
+        )
 
     def step(losses):
         total = sum(losses().values())
