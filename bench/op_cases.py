@@ -37,6 +37,7 @@ def both_layouts(draw: Draw, *shape: int) -> tuple[Tensor, Tensor]:
 
 def convolutions(s: Scale) -> Iterator[Case]:
     yield folded_case(s, "3x3", 2 * s.width, 2 * s.width, 3, 8, residual=False)
+    yield folded_case(s, "3x3", 8 * s.width, 8 * s.width, 3, 32, residual=False)
     yield folded_case(s, "1x1, residual", s.width, 4 * s.width, 1, 4, residual=True)
     yield wide_case(s, 32 * s.width, s.dim, 1)
     yield wide_case(s, s.dim, s.dim + s.heads, 3)
@@ -90,7 +91,7 @@ def wide_case(s: Scale, channels: int, out: int, side: int) -> Case:
         name=f"{side}x{side}, {channels} to {out}, {'x'.join(map(str, size))}",
         batch=1,
         inputs=inputs,
-        ours=lambda x, _, weight, bias: ops.wide_conv2d(x, weight, bias, padding=side // 2),
+        ours=lambda x, _, weight, bias: ops.conv2d(x, weight, bias, padding=side // 2),
         plain=lambda _, x, weight, bias: F.conv2d(x, weight, bias, padding=side // 2),
         bytes=4 * (pixels * (channels + out) + channels * out * side**2),
         flops=2 * pixels * channels * out * side**2,

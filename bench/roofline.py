@@ -167,7 +167,6 @@ def pretending(gpu: ops.Gpu | None) -> Iterator[None]:
                 "uses_kernels": lambda x: x.dtype in ops.KERNEL_DTYPES and not ops.is_plain("kernels"),
                 "gpu": lambda device: gpu,
                 "packs_tokens": lambda padding: False,
-                "wide_conv2d": ops.conv2d,
                 "_ONEDNN": False,
             }
             stack.enter_context(mock.patch.multiple(ops, **choices))

@@ -93,7 +93,7 @@ class DETR(nn.Module):
         nested = self._nested(samples)
         features, pos = self.backbone(nested)
         tensors, mask = features[-1].decompose()
-        src = ops.wide_conv2d(tensors, *ops.weights(self.input_proj, tensors.dtype))
+        src = ops.conv2d(tensors, *ops.weights(self.input_proj, tensors.dtype))
         hs, memory = self.transformer(src, mask, self.query_embed.weight, pos[-1])
         return {"hs": hs, "memory": memory, "src": src, "features": [f.tensors for f in features], "mask": mask}
 

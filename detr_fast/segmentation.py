@@ -264,7 +264,7 @@ class MaskHeadSmallConv(nn.Module):
     def shared_lay1(self, x: Tensor) -> Tensor:
         """What x [B,d,h,w] adds to lay1: [B,d+heads,h,w]."""
         weight, bias = ops.weights(self.lay1, x.dtype)
-        return ops.wide_conv2d(ops.image_layout(x), weight[:, : self.context_dim], bias, padding=1)
+        return ops.conv2d(ops.image_layout(x), weight[:, : self.context_dim], bias, padding=1)
 
     def adapted(self, fpns: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """The feature maps [B,C_i,h_i,w_i], coarse to fine, in the channels of the convolutions that see them."""
