@@ -328,7 +328,9 @@ def group_norm_relu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
     def group_mean(x: Tensor) -> Tensor:
         """[N,C,1,1]: the mean over pixels and the channels of the group."""
-        sums = x.sum(3).sum(2, dtype=torch.float64).unflatten(1, (norm.num_groups, -1))
+        rows = x.permute(0, 2, 3, 1).reshape(n, height, width * channels)  # adds long rows: a quarter of the time
+        columns = rows.sum(1).view(n, width, channels)
+        sums = columns.sum(1, dtype=torch.float64).unflatten(1, (norm.num_groups, -1))
         mean = sums.mean(2, keepdim=True).expand_as(sums) / (height * width)
         return mean.reshape(n, channels, 1, 1).to(x.dtype)
 
