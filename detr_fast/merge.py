@@ -49,14 +49,20 @@ class Taps(NamedTuple):
         return Taps(*(tap[positions] for tap in self))
 
 
-def bilinear_taps(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Taps:
-    """The taps of `F.interpolate(mode="bilinear", align_corners=False)` along one axis.
+def bilinear_weights(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size_in,size_out], what each input adds to each output of `F.interpolate(mode="bilinear", align_corners=False)`
+    along one axis.
 
     Read off what it does to the unit vectors: its source coordinates are float32 and may be rounded once or twice
     (with or without fused multiply-add), and at coordinate 200 one rounding already moves a weight by 1e-5.
     """
     unit = torch.eye(size_in, dtype=dtype, device=device)[None, :, None]
-    weights = F.interpolate(unit, size=(1, size_out), mode="bilinear", align_corners=False)[0, :, 0]
+    return F.interpolate(unit, size=(1, size_out), mode="bilinear", align_corners=False)[0, :, 0]
+
+
+def bilinear_taps(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Taps:
+    """`bilinear_weights` as the two inputs of each output and their weights."""
+    weights = bilinear_weights(size_in, size_out, dtype, device)
     low = (weights != 0).to(torch.uint8).argmax(0)
     high = (low + 1).clamp(max=size_in - 1)
     low_weight, high_weight = weights.gather(0, low[None])[0], weights.gather(0, high[None])[0]
