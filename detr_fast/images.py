@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+NORMALISED_AT_ONCE = 1 << 16  # values, 256 KiB of float32
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -41,10 +43,13 @@ def read_image(source: ImageSource, exif: bool = True) -> Image.Image:
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or f"{source.mode} image"
         with _naming(name):
-            return _to_rgb(source, exif)
+            picture = _to_rgb(source, exif)
+        return picture.copy() if picture is source else picture
     if isinstance(source, str | os.PathLike):
         with _naming(os.fspath(source)), Image.open(source) as image:
-            return _to_rgb(image, exif)
+            picture = _to_rgb(image, exif)
+            picture.load()
+        return picture
     raise TypeError(f"image must be a path, a PIL image or a uint8 array [H, W, 3], got {type(source).__name__}")
 
 
@@ -70,11 +75,12 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _to_rgb(image: Image.Image, exif: bool) -> Image.Image:
+    """The image itself, perhaps not loaded yet, where there is nothing to do: Pillow would copy it twice."""
     if image.format == "EPS":
         raise ValueError("EPS is a program, which would be run")
     if 0 in image.size:
         raise ValueError(f"its size is {image.width} x {image.height}")
-    if exif:
+    if exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _high_byte(image)
@@ -82,7 +88,7 @@ def _to_rgb(image: Image.Image, exif: bool) -> Image.Image:
         _check_range(np.asarray(image), 255)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours as straight to RGB, without Pillow's warning
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
@@ -166,17 +172,28 @@ def image_to_array(image: Image.Image, size: int = 800, max_size: int | None = 1
     width, height = resized_size(*image.size, size, max_size)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     out = np.empty((3, height, width), dtype=np.float32)
-    normalise(resized, out)
+    for plane, band, mean, std in zip(out, resized.split(), IMAGENET_MEAN, IMAGENET_STD, strict=True):
+        _normalise(np.asarray(band), np.float32(mean), np.float32(std), plane)
     return out
 
 
-def normalise(image: Image.Image, out: np.ndarray) -> None:
-    """Writes an RGB picture, normalised by ImageNet's mean and std, to float32 [3, h, w].
+def normalise(pixels: np.ndarray, out: np.ndarray) -> None:
+    """Writes uint8 pixels [h, w, 3], normalised by ImageNet's mean and std, to float32 [h, w, 3], both contiguous.
 
-    Plane by plane and in place. Measured at 800 x 1066 on one core: 2.5 ms, a lookup table 2.9 to 4, torch on whole
-    arrays 3.2 to 4.5; the resize before it takes 6.4.
+    Some rows at a time, so that they stay in the cache, and with a mean and std for each value of a row, as NumPy is
+    slow where three of them repeat. Measured at 800 x 1066 on one core: 2.2 ms, plane by plane 3.0, a lookup table 2.9
+    to 4.
     """
-    for plane, band, mean, std in zip(out, image.split(), IMAGENET_MEAN, IMAGENET_STD, strict=True):
-        np.divide(np.asarray(band), np.float32(255), out=plane)
-        plane -= np.float32(mean)
-        plane /= np.float32(std)
+    height, width, _ = pixels.shape
+    mean, std = (np.tile(np.array(values, np.float32), width) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels, out = pixels.reshape(height, -1), out.reshape(height, -1)
+    step = max(1, NORMALISED_AT_ONCE // (3 * width))
+    for top in range(0, height, step):
+        _normalise(pixels[top : top + step], mean, std, out[top : top + step])
+
+
+def _normalise(levels: np.ndarray, mean: np.ndarray, std: np.ndarray, out: np.ndarray) -> None:
+    """torchvision's ToTensor and Normalize to the last bit: three roundings, in this order."""
+    np.divide(levels, np.float32(255), out=out)
+    out -= mean
+    out /= std

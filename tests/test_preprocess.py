@@ -19,6 +19,7 @@ from detr_fast.compat.image_processor import BatchFeature, DetrFeatureExtractor,
 from detr_fast.config import DetrConfig
 from detr_fast.data import categories
 from detr_fast.data import transforms as T
+from detr_fast.images import image_to_array, normalise
 from detr_fast.preprocess import image_to_tensor, read_image, resized_size, transformers_resized_size
 
 SAMPLE = Path(__file__).parents[2] / "shared/data/coco_panoptic_sample"
@@ -88,12 +89,28 @@ def test_image_to_tensor_is_to_tensor_and_normalize_to_the_last_bit():
     assert torch.equal(out, by_transforms(image, None)[0])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (40_000, 3), (90, 300)])
+def test_normalise_gives_the_same_in_another_order(size):
+    """In parts of several rows, of one, and of more than there are."""
+    pixels = noise(*size)
+    out = np.empty(pixels.shape, np.float32)
+    normalise(pixels, out)
+    assert np.array_equal(out.transpose(2, 0, 1), image_to_array(Image.fromarray(pixels), min(size), None))
+
+
 def test_image_to_tensor_wants_rgb():
     with pytest.raises(ValueError, match="mode L"):
         image_to_tensor(Image.new("L", (4, 4)))
 
 
 # ---- reading
+
+
+def test_a_picture_in_memory_is_left_alone():
+    image = Image.fromarray(noise(8, 6))
+    picture = read_image(image)
+    picture.paste("red", (0, 0, 8, 6))
+    assert np.array_equal(np.asarray(image), noise(8, 6))
 
 
 def saved(path, mode, format, **options):
