@@ -21,7 +21,7 @@ from detr_fast.data.categories import categories_for
 from detr_fast.detr import DETR
 from detr_fast.encoding import panoptic_png
 from detr_fast.graphs import Graphs, Recorder
-from detr_fast.images import normalise
+from detr_fast.images import normalise, resized_for_normalise
 from detr_fast.postprocess import (
     panoptic_merge,
     post_process_panoptic_segmentation,
@@ -41,7 +41,7 @@ class Pixels:
     """What is sent to the device of an image.
 
     Attributes:
-        tensor: uint8 [h, w, 3], resized; for a GPU, which does that itself, [H, W, 3].
+        tensor: uint8, as `images.resized_for_normalise` gives it; for a GPU, which resizes it itself, [H, W, 3].
         size: (h, w), as the model sees it.
         target: (H, W), as the image is and its segmentation shall be.
     """
@@ -210,7 +210,7 @@ class Predictor:
         if self._on_gpu:
             tensor = torch.from_numpy(np.array(picture)).pin_memory()
         else:
-            tensor = torch.from_numpy(np.array(picture.resize((width, height), Image.Resampling.BILINEAR)))
+            tensor = torch.from_numpy(np.array(resized_for_normalise(picture, width, height)))
         return PreparedImage(tensor, (height, width), target, picture)
 
     def stream(self, images: Iterable[ImageSource]) -> Iterator[PanopticResult]:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from detr_fast.encoding import grey_png, panoptic_png, run_lengths
-from detr_fast.images import read_image, resized_size
+from detr_fast.images import read_image, resized_for_normalise, resized_size
 from detr_fast.labeling import writers
 from detr_fast.labeling.workers import RESIDENT, SharedMemory
 
@@ -104,7 +104,9 @@ def decode(path: Path, reading: Reading, allocate: Callable[..., np.ndarray] = n
     picture = read_image(path, exif=reading.exif)
     target = (picture.height, picture.width)
     width, height = resized_size(*picture.size, reading.size, reading.max_size)
-    if not reading.raw or 3 * picture.width * picture.height > RESIDENT:
+    if not reading.raw:
+        picture = resized_for_normalise(picture, width, height)
+    elif 3 * picture.width * picture.height > RESIDENT:
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     pixels = allocate((picture.height, picture.width, 3), np.uint8)
     pixels[:] = np.asarray(picture)
