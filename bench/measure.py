@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,25 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device = CPU) -> int
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
-    before = _status("VmRSS")
+    before = _status("self", "VmRSS")
     call()
-    return _status("VmHWM") - before
+    return _status("self", "VmHWM") - before
 
 
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
+def peak_resident(pid: int) -> dict[int, int]:
+    """The most bytes that a process and each of its children has had resident so far, by process; on Linux."""
+    peaks = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, StopIteration):  # it has ended
+            if int(path.name) == pid or _status(path.name, "PPid") == pid:
+                peaks[int(path.name)] = _status(path.name, "VmHWM")
+    return peaks
+
+
+def _status(process: str, field: str) -> int:
+    lines = Path("/proc", process, "status").read_text().splitlines()
+    value = next(line for line in lines if line.startswith(f"{field}:")).split()[1:]
+    return int(value[0]) * (1024 if value[-1] == "kB" else 1)
 
 
 def cache_bytes(device: torch.device) -> int:

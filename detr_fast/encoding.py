@@ -25,34 +25,34 @@ def panoptic_png(ids: np.ndarray) -> bytes:
     """
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 24:
         raise ValueError(f"ids must be in [0, 2**24), got {ids.min()} to {ids.max()}")
-    height, width = ids.shape
-    colors = np.zeros((height, width, 3), dtype=np.uint8)
-    for channel in range(min(3, ids.dtype.itemsize)):
-        colors[:, :, channel] = ids if channel == 0 and ids.itemsize == 1 else (ids >> 8 * channel) & 255
-    return _png(colors.reshape(height, 3 * width), width, RGB, 8)
+    used = min(3, ids.itemsize)
+    planes = [ids if ids.itemsize == 1 else (ids >> 8 * place) & 255 for place in range(used)]
+    return _png(planes, 3, RGB, 8)
 
 
 def grey_png(values: np.ndarray) -> bytes:
     """A grey PNG of [H, W] uint8 or uint16."""
-    height, width = values.shape
-    rows = values.astype(values.dtype.newbyteorder(">")).view(np.uint8)
-    return _png(rows.reshape(height, -1), width, GREY, 8 * values.itemsize)
+    planes = [values] if values.itemsize == 1 else [values >> 8, values & 255]
+    return _png(planes, values.itemsize, GREY, 8 * values.itemsize)
 
 
-def _png(rows: np.ndarray, width: int, color_type: int, depth: int) -> bytes:
-    """uint8 [H, bytes a row].
+def _png(planes: list[np.ndarray], samples: int, color_type: int, depth: int) -> bytes:
+    """From the first of the bytes [H, W] that each pixel has, in their order; the others are 0.
 
     Each row is stored as its difference to the one above (filter "up"), which is 0 wherever a segment goes on, and
     zlib looks for repeats of one byte only. A map of 640 x 480 with 15 segments, measured: 1.9 ms and 18.5 KB; Pillow
     takes 6.2 ms for 26.8 KB at level 1 and 8.7 ms for 18.2 KB at level 6.
     """
-    filtered = np.empty((len(rows), 1 + rows.shape[1]), dtype=np.uint8)
+    height, width = planes[0].shape
+    filtered = np.zeros((height, 1 + samples * width), dtype=np.uint8)
     filtered[:, 0] = 2
-    filtered[:1, 1:] = rows[:1]
-    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    for first, plane in enumerate(planes, start=1):
+        rows, plane = filtered[:, first::samples], plane.astype(np.uint8, copy=False)
+        rows[:1] = plane[:1]
+        np.subtract(plane[1:], plane[:-1], out=rows[1:])
     compressor = zlib.compressobj(1, strategy=zlib.Z_RLE)
     data = compressor.compress(filtered.data) + compressor.flush()
-    header = struct.pack(">IIBBBBB", width, len(rows), depth, color_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
 
@@ -70,33 +70,36 @@ def run_lengths(ids: np.ndarray, wanted: Sequence[int]) -> list[str]:
         wanted: the segments' ids.
     """
     flat = ids.T.ravel()  # COCO counts down the columns
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    starts, ends = np.append(0, changes), np.append(changes, flat.size)
+    starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
     values = flat[starts]
-    encoded = []
-    for segment in wanted:
-        own = values == segment
-        edges = np.stack([starts[own], ends[own]], axis=1).ravel()  # where the mask begins and ends, in turn
-        counts = np.diff(edges, prepend=0, append=flat.size)
-        encoded.append(_compress(counts[:-1] if len(edges) and counts[-1] == 0 else counts))
-    return encoded
+    order = np.argsort(values, kind="stable")
+    runs = np.stack([starts, np.append(starts[1:], flat.size)], axis=1)[order]  # segment by segment: begin and end
+    bounds = (np.searchsorted(values[order], wanted, side).tolist() for side in ("left", "right"))
+    own = [runs[first:last].ravel() for first, last in zip(*bounds, strict=True)]
+    return _compress([np.diff(edges, prepend=0, append=flat.size) for edges in own])
 
 
-def _compress(counts: np.ndarray) -> str:
-    """Counts as text: from the fourth on less the one two before, in groups of 5 bits, the lowest first.
+def _compress(masks: list[np.ndarray]) -> list[str]:
+    """Each mask's counts as text: from the fourth on less the one two before, in groups of 5 bits, the lowest first. A
+    0 at the end, of a mask that has the last pixel, is left out.
 
-    Source: rleToString in cocodataset/cocoapi's maskApi.c.
+    All masks at once, as each of NumPy's calls costs more than the counts of one. Source: rleToString in
+    cocodataset/cocoapi's maskApi.c.
     """
-    numbers = counts.astype(np.int64)
-    numbers[3:] -= counts[1:-2]
-    groups, present = [], []
-    going = np.ones(len(numbers), dtype=bool)
-    while going.any():
+    masks = [counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts for counts in masks]
+    ends = np.cumsum([len(counts) for counts in masks], dtype=np.int64)
+    numbers = np.concatenate([*masks, np.empty(0, dtype=np.int64)])
+    for counts, end in zip(masks, ends.tolist(), strict=True):
+        numbers[end - len(counts) + 3 : end] -= counts[1:-2]
+    letters, length = np.zeros((len(numbers), 8), dtype=np.uint8), np.zeros(len(numbers), dtype=np.int64)
+    going = np.arange(len(numbers))  # the numbers that are not written in full
+    while len(going):
         group = numbers & 0x1F
-        numbers >>= 5
-        more = numbers != np.where(group & 0x10, -1, 0)
-        groups.append(group | np.where(more, 0x20, 0))
-        present.append(going)
-        going = going & more
-    letters = np.stack(groups, axis=1)[np.stack(present, axis=1)] + 48
-    return letters.astype(np.uint8).tobytes().decode("ascii")
+        numbers = numbers >> 5
+        more = numbers != -(group >> 4)
+        letters[going, length[going]] = 48 + group + (more << 5)
+        length[going] += 1
+        going, numbers = going[more], numbers[more]
+    text = letters[letters > 0].tobytes().decode("ascii")
+    stops = [0, *np.cumsum(length)[ends - 1].tolist()]
+    return [text[start:stop] for start, stop in zip(stops, stops[1:], strict=False)]

@@ -21,12 +21,13 @@ from detr_fast.data.categories import categories_for
 from detr_fast.detr import DETR
 from detr_fast.encoding import panoptic_png
 from detr_fast.graphs import Graphs, Recorder
+from detr_fast.images import normalise, resized_for_normalise
 from detr_fast.postprocess import (
     panoptic_merge,
     post_process_panoptic_segmentation,
     upstream_panoptic_merge,
 )
-from detr_fast.preprocess import ImageSource, batch_of_size, image_to_tensor, read_image, resized_size
+from detr_fast.preprocess import ImageSource, batch_of_size, read_image, resized_size
 from detr_fast.segmentation import DETRsegm
 
 Segments = tuple[np.ndarray | None, list[dict[str, Any]]]
@@ -40,7 +41,7 @@ class Pixels:
     """What is sent to the device of an image.
 
     Attributes:
-        tensor: float32 [3, h, w], resized and normalised; for a GPU, which does that itself, uint8 [H, W, 3].
+        tensor: uint8, as `images.resized_for_normalise` gives it; for a GPU, which resizes it itself, [H, W, 3].
         size: (h, w), as the model sees it.
         target: (H, W), as the image is and its segmentation shall be.
     """
@@ -200,13 +201,17 @@ class Predictor:
 
     def prepare(self, image: ImageSource) -> PreparedImage:
         """Reads one image and resizes it; what is raised is raised here, before the model runs."""
-        picture = read_image(image)
+        return self.prepare_picture(read_image(image))
+
+    def prepare_picture(self, picture: Image.Image) -> PreparedImage:
+        """The same of a picture as `read_image` gives it, whatever EXIF orientation it still carries."""
         target = (picture.height, picture.width)
+        width, height = resized_size(*picture.size, self.size, self.max_size)
         if self._on_gpu:
-            width, height = resized_size(*picture.size, self.size, self.max_size)
-            return PreparedImage(torch.from_numpy(np.array(picture)).pin_memory(), (height, width), target, picture)
-        tensor = image_to_tensor(picture, self.size, self.max_size)
-        return PreparedImage(tensor, (tensor.shape[1], tensor.shape[2]), target, picture)
+            tensor = torch.from_numpy(np.array(picture)).pin_memory()
+        else:
+            tensor = torch.from_numpy(np.array(resized_for_normalise(picture, width, height)))
+        return PreparedImage(tensor, (height, width), target, picture)
 
     def stream(self, images: Iterable[ImageSource]) -> Iterator[PanopticResult]:
         """The results of any number of images, in their order. While the model computes, the next ones are read; at
@@ -290,10 +295,12 @@ class Predictor:
 
     def _samples(self, batch: Sequence[Pixels]) -> Tensor:
         if self._uploads is None:
-            shape = (len(batch), *batch[0].tensor.shape)
-            if self._batch.shape != shape:  # new memory for each batch costs more in page faults than the copy
+            shape = (len(batch), *batch[0].size, 3)  # the order in memory that the model's convolutions want
+            if self._batch.shape != shape:  # new memory for each batch costs more in page faults than the work
                 self._batch = torch.empty(shape)
-            return torch.stack([image.tensor for image in batch], out=self._batch)
+            for image, out in zip(batch, self._batch.numpy(), strict=True):
+                normalise(image.tensor.numpy(), out)
+            return self._batch.permute(0, 3, 1, 2)
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._uploads):
             pictures = [image.tensor.to(self.device, non_blocking=True) for image in batch]

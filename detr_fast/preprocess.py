@@ -14,9 +14,11 @@ from torch import Tensor
 from detr_fast.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    WEIGHT_BITS,
     ImageSource,
     image_to_array,
     read_image,
+    resample_taps,
     resized_size,
     transformers_resized_size,
 )
@@ -51,9 +53,6 @@ def image_to_tensor(image: Image.Image, size: int = 800, max_size: int | None = 
 
 
 # ---- on any device ----
-
-# Pillow resizes 8-bit images in fixed point, with weights in units of 2**-22: 255 times their sum fits int32.
-WEIGHT_BITS = 22
 
 
 def images_to_batch(
@@ -114,27 +113,6 @@ def _resample(image: Tensor, size: int, dim: int) -> Tensor:
     for index, weight in zip(*_device_taps(image.shape[dim], size, image.device), strict=True):
         total = total + image.index_select(dim, index) * weight.view(along)
     return (total >> WEIGHT_BITS).to(torch.uint8)
-
-
-def resample_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pillow's bilinear filter along one axis: each output pixel is a weighted sum of up to `taps` input pixels.
-
-    Source: precompute_coeffs and normalize_coeffs_8bpc in libImaging/Resample.c.
-
-    Returns:
-        Source indices int32 [taps, size_out], and the weights, int32 in units of 2**-22, 0 where there are fewer.
-    """
-    scale = size_in / size_out
-    support = max(scale, 1.0)
-    centers = (np.arange(size_out) + 0.5) * scale
-    first = (centers - support + 0.5).clip(0).astype(np.int64)
-    end = (centers + support + 0.5).astype(np.int64).clip(max=size_in)
-    index = first + np.arange((end - first).max())[:, None]
-    weights = 1 - abs((index - centers + 0.5) * (1 / support))
-    weights[(weights < 0) | (index >= end)] = 0
-    weights /= np.cumsum(weights, axis=0)[-1]  # unlike np.sum it adds one after the other, as Pillow does
-    fixed = (0.5 + weights * (1 << WEIGHT_BITS)).astype(np.int32)
-    return index.clip(max=size_in - 1).astype(np.int32), fixed
 
 
 def _pixels(image: Tensor | np.ndarray) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import compare
+from bench import compare, labeling
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {
@@ -71,6 +71,17 @@ def test_a_run_can_be_compared(found: dict[str, Any]) -> None:
     old = compare.read_benchmarks(found)
     assert len(old.ratios) > len(GROUPS) and old.counts
     assert compare.compare(old, old) == []
+
+
+def test_labeling_around_the_model(tmp_path: Path) -> None:
+    out = tmp_path / "labeling.json"
+    command = [sys.executable, "-m", "bench.labeling", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    measured = json.loads(out.read_text())
+    assert done.stdout.strip() == labeling.table(measured)
+    assert len(measured["stages"]) == 5 and min(measured["stages"].values()) > 0
+    few, many = measured["bytes"]
+    assert few > 2**27 and many > 2**27  # the processes that read and write are counted
 
 
 def test_a_wrong_result_gets_no_number(tmp_path: Path) -> None:

@@ -103,6 +103,15 @@ def test_run_lengths_and_pngs_are_what_pycocotools_and_pillow_have(ids: np.ndarr
         assert np.array_equal(np.array(Image.open(io.BytesIO(grey_png(values)))), values)
 
 
+def test_run_lengths_of_a_large_mask() -> None:
+    """Counts of up to six letters, as of the largest images."""
+    ids = np.zeros((9000, 4000), dtype=np.uint8)
+    ids[:, 3990:], ids[-1, -1] = 1, 2
+    for segment, counts in zip(range(4), run_lengths(ids, range(4)), strict=True):
+        assert coco_mask.encode(np.asfortranarray(ids == segment, dtype=np.uint8))["counts"].decode() == counts
+    assert run_lengths(ids, []) == []
+
+
 def test_ids_without_a_colour_are_refused() -> None:
     for ids in ([[1 << 24]], [[-1]]):
         with pytest.raises(ValueError, match="ids must be"):

@@ -21,7 +21,7 @@ from torch import Tensor
 from detr_fast import merge, ops, postprocess, reference
 from detr_fast.kernels import mask_upsample, panoptic_merge  # noqa: F401
 from detr_fast.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm, id_to_rgb, rgb_to_id
-from postprocess_cases import CASES, Case, is_thing, make
+from postprocess_cases import CASES, Case, is_thing, make, smooth
 
 GOLDEN = Path(__file__).parent / "golden"
 THING_MAP = {label: is_thing(label) for label in range(250)}
@@ -281,6 +281,49 @@ def test_merge_of_one_full_size_image() -> None:
     assert int(wrong.sum()) <= NEAR_TIE * wrong.numel()
     assert not (wrong & ~near_ties(masks, *size.values())).any()
     assert [segment["category_id"] for segment in segments] == [s["category_id"] for s in true_segments]
+
+
+def masks_for_cells(seed: int) -> Tensor:
+    """Smooth masks [K,h,w], of which every third has ties, and every third two that are equal but for rounding."""
+    random = np.random.RandomState(seed)
+    masks = torch.from_numpy(smooth(random, *(random.randint(9, 14), *random.randint(2, 40, 2)), knots=3))
+    if seed % 3 == 1:
+        masks = (2 * masks).round()
+    if seed % 3 == 2:
+        masks[1] += 30
+        masks[3] = masks[1] * (1 + 1e-7 * torch.from_numpy(random.randn(*masks.shape[1:]).astype(np.float32)))
+    dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return (masks * [1.0, 1e-2, 1e3][seed // 3 % 3]).to(dtypes[seed % 5])
+
+
+@pytest.mark.parametrize("block", [1 << 21, 300])
+def test_winners_of_cells_are_those_of_all_logits(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, ties and roundings included: the same sums in the same order."""
+    monkeypatch.setattr(merge, "BLOCK_VALUES", block)
+    taken = 0
+    for seed in range(120):
+        masks, random = masks_for_cells(seed), np.random.RandomState(seed)
+        padded = [int(random.randint(2 * side, 5 * side)) for side in masks.shape[1:]]
+        processed = [int(random.randint(side // 2, side + 1)) for side in padded] if seed % 2 else padded
+        target = [int(random.randint(2 * side // 3, 2 * side)) for side in processed]
+        logits = merge._Logits(masks, padded, processed, target)
+        winners = logits._winners_of_cells()
+        if winners is not None:
+            taken += 1
+            assert torch.equal(winners, logits._winners_of_planes()), seed
+    assert taken > 40
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e-42])
+def test_cells_do_not_judge_what_they_cannot(value: float) -> None:
+    masks = torch.from_numpy(smooth(np.random.RandomState(0), 9, 40, 60, knots=3))
+    size = (160, 240)
+    assert merge._Logits(masks, size, size, size)._winners_of_cells() is not None
+    if np.isfinite(value):
+        masks *= value / masks.abs().max()
+    else:
+        masks[4, 7, 8] = value
+    assert merge._Logits(masks, size, size, size)._winners_of_cells() is None
 
 
 def test_corrected_merge_keeps_stuff_merged_and_counts_from_one() -> None:

@@ -19,6 +19,7 @@ from detr_fast.compat.image_processor import BatchFeature, DetrFeatureExtractor,
 from detr_fast.config import DetrConfig
 from detr_fast.data import categories
 from detr_fast.data import transforms as T
+from detr_fast.images import image_to_array, normalise, resized_for_normalise
 from detr_fast.preprocess import image_to_tensor, read_image, resized_size, transformers_resized_size
 
 SAMPLE = Path(__file__).parents[2] / "shared/data/coco_panoptic_sample"
@@ -88,12 +89,46 @@ def test_image_to_tensor_is_to_tensor_and_normalize_to_the_last_bit():
     assert torch.equal(out, by_transforms(image, None)[0])
 
 
+def assert_normalised_as_by_pillow(pixels, width, height):
+    image, out = Image.fromarray(pixels), np.empty((height, width, 3), np.float32)
+    normalise(np.asarray(resized_for_normalise(image, width, height)), out)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    assert np.array_equal(out.transpose(2, 0, 1), image_to_array(resized, min(width, height), None))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40_000, 3), (90, 300), (200, 100)])
+@pytest.mark.parametrize("rows", [1, 99, 300])
+def test_normalise_gives_the_same_in_another_order(size, rows):
+    """In parts of several rows, of one, and of more than there are; with rows that are added, removed, or neither."""
+    assert_normalised_as_by_pillow(noise(7, rows), *size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 500), st.integers(0, 900))
+def test_added_rows_are_pillows_at_any_size(rows, added):
+    pixels = np.random.default_rng(rows).choice(np.array([0, 1, 2, 5, 250, 254, 255], np.uint8), (rows, 5, 3))
+    assert_normalised_as_by_pillow(pixels, 5, rows + added)
+
+
+@pytest.mark.parametrize("height", [3, 5, 7, 64, 333])
+def test_added_rows_are_pillows_for_every_pair_of_levels(height):
+    pairs = np.indices((256, 258)).clip(max=255).astype(np.uint8).reshape(2, -1, 3)
+    assert_normalised_as_by_pillow(pairs, pairs.shape[1], height)
+
+
 def test_image_to_tensor_wants_rgb():
     with pytest.raises(ValueError, match="mode L"):
         image_to_tensor(Image.new("L", (4, 4)))
 
 
 # ---- reading
+
+
+def test_a_picture_in_memory_is_left_alone():
+    image = Image.fromarray(noise(8, 6))
+    picture = read_image(image)
+    picture.paste("red", (0, 0, 8, 6))
+    assert np.array_equal(np.asarray(image), noise(8, 6))
 
 
 def saved(path, mode, format, **options):

@@ -1,15 +1,24 @@
 """Figures in the README are those of committed measurements."""
 
 import json
+import re
 from pathlib import Path
 
-from bench.ladder import table
+import pytest
+
+from bench import labeling, ladder
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+TABLES = {"bench/results/ladder-cpu.json": ladder.table, "bench/results/labeling-cpu.json": labeling.table}
+SHOWN = dict(re.findall(r"<!-- (bench/results/\S+) -->\n(.*?)\n<!-- end -->", README, re.DOTALL))
 
 
-def test_the_ladder_in_the_readme_is_the_measured_one():
-    measured = json.loads((ROOT / "bench/results/ladder-cpu.json").read_text())
-    _, _, rest = (ROOT / "README.md").read_text().partition("<!-- bench/results/ladder-cpu.json -->\n")
-    shown, end, _ = rest.partition("\n<!-- end -->")
-    assert end and shown == table(measured)
+@pytest.mark.parametrize("path", [path for path in TABLES if (ROOT / path).exists()])
+def test_a_table_in_the_readme_is_the_measured_one(path):
+    assert SHOWN[path] == TABLES[path](json.loads((ROOT / path).read_text()))
+
+
+def test_no_table_in_the_readme_is_without_its_measurement():
+    assert "bench/results/ladder-cpu.json" in SHOWN
+    assert all((ROOT / path).exists() for path in SHOWN)

@@ -358,7 +358,7 @@ class _Labeler:
     def _slot_bytes(self) -> int:
         """Of memory that is only taken when it is used: enough for what the model reads, and for the labels of the
         largest image."""
-        pixels = 12 * self._predictor.size * (self._predictor.max_size + self._predictor.size)
+        pixels = 3 * self._predictor.size * (self._predictor.max_size + self._predictor.size)
         labels = MAX_PIXELS * (1 if self._predictor.model.config.num_queries < 256 else 2)
         return -(-max(pixels, labels) // 4096) * 4096
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from detr_fast.encoding import grey_png, panoptic_png, run_lengths
-from detr_fast.images import normalise, read_image, resized_size
+from detr_fast.images import read_image, resized_for_normalise, resized_size
 from detr_fast.labeling import writers
 from detr_fast.labeling.workers import RESIDENT, SharedMemory
 
@@ -33,7 +33,7 @@ class Reading:
     Attributes:
         exif: turn them the way their EXIF orientation says.
         size, max_size: pixels of the short side and the most of the long side, as `Predictor` has them.
-        raw: leave resizing and normalising to the device, except for images that are too large to be sent there.
+        raw: leave resizing to the device, except for images that are too large to be sent there.
     """
 
     exif: bool
@@ -83,7 +83,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What the model is sent of an image, as in `predictor.Pixels`."""
+    """What the device is sent of an image, as in `predictor.Pixels`."""
 
     pixels: np.ndarray
     size: tuple[int, int]
@@ -104,14 +104,12 @@ def decode(path: Path, reading: Reading, allocate: Callable[..., np.ndarray] = n
     picture = read_image(path, exif=reading.exif)
     target = (picture.height, picture.width)
     width, height = resized_size(*picture.size, reading.size, reading.max_size)
-    if not reading.raw or 3 * picture.width * picture.height > RESIDENT:
+    if not reading.raw:
+        picture = resized_for_normalise(picture, width, height)
+    elif 3 * picture.width * picture.height > RESIDENT:
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    if reading.raw:
-        pixels = allocate((picture.height, picture.width, 3), np.uint8)
-        pixels[:] = np.asarray(picture)
-    else:
-        pixels = allocate((3, height, width), np.float32)
-        normalise(picture, pixels)
+    pixels = allocate((picture.height, picture.width, 3), np.uint8)
+    pixels[:] = np.asarray(picture)
     return Decoded(pixels, (height, width), target)
 
 

@@ -9,11 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from detr_fast import visualize
-from detr_fast.config import DetrConfig
 from detr_fast.data.categories import Category
 from detr_fast.data.coco import Sample
-from detr_fast.predictor import Predictor, PreparedImage
-from detr_fast.preprocess import image_to_tensor
+from detr_fast.predictor import Predictor
 
 PANEL = (360, 220)  # width and height, in pixels
 MARGIN = (52, 26, 10, 22)  # left, top, right, bottom
@@ -64,7 +62,7 @@ def _panel(name: str, x: np.ndarray, y: np.ndarray) -> Image.Image:
 
 def predictions(predictor: Predictor, samples: Sequence[Sample]) -> Image.Image:
     """The truth at the left and what is predicted at the right, a row for each sample."""
-    results = predictor.predict([_prepared(sample.image, predictor.model.config) for sample in samples])
+    results = predictor.predict([predictor.prepare_picture(sample.image) for sample in samples])
     pairs = [
         (truth(sample, predictor.categories), result.overlay()) for sample, result in zip(samples, results, strict=True)
     ]
@@ -89,11 +87,6 @@ def truth(sample: Sample, categories: list[Category]) -> Image.Image:
     present = set(np.unique(ids).tolist())  # of masks that overlap, one may be hidden
     segments = [{"id": i, "category_id": label} for i, label in enumerate(labels, 1) if i in present]
     return visualize.draw_segments(sample.image, ids, segments, categories)
-
-
-def _prepared(image: Image.Image, config: DetrConfig) -> PreparedImage:
-    tensor = image_to_tensor(image, config.image_size, config.max_image_size)
-    return PreparedImage(tensor, (tensor.shape[1], tensor.shape[2]), (image.height, image.width), image)
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
