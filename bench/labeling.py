@@ -49,7 +49,7 @@ FORMATS = ("panoptic", "instances")
 class Sizes(NamedTuple):
     scale: cases.Scale = cases.REAL
     rounds: int = 3
-    around: int = 400  # images
+    around: int = 1000  # images
     whole: int = 40
     memory: tuple[int, int] = (200, 2000)
     finished: int = 100_000
