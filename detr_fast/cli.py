@@ -131,6 +131,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     label.add_argument("--workers", metavar="N", type=_positive, help="processes that read and write images")
     label.add_argument("--devices", metavar="A,B,...", type=_list, help="several devices, with a process for each")
+    label.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: all machines of a Ray cluster, which share both folders; RAY_ADDRESS, or one on this machine; needs "
+        "pip install 'detr_fast[ray]' (%(default)s)",
+    )
     label.add_argument("--limit", metavar="N", type=_positive, help="take the first N images of the listing only")
     label.add_argument("--shard", metavar="I/N", type=_shard, help="each N-th image, beginning with the I-th of them")
     going_on = label.add_mutually_exclusive_group()
@@ -425,11 +432,13 @@ def _label(args: argparse.Namespace) -> None:
     from detr_fast.checkpoint import load_model
     from detr_fast.data.categories import categories_for
     from detr_fast.labeling.manifest import OccupiedError
-    from detr_fast.labeling.pipeline import FORMATS, class_ids, find_images, label
+    from detr_fast.labeling.pipeline import FORMATS, check_engine, class_ids, find_images, label
     from detr_fast.predictor import Predictor, resolve_device, resolve_dtype
 
     with _argument("IMAGES_DIR"):
         find_images(args.images, args.out)
+    with _argument("--engine"):
+        check_engine(args.engine, args.workers, args.devices or ())
     with _argument("--formats"):
         if not set(args.formats) <= set(FORMATS):
             raise ValueError(f"must be of {', '.join(FORMATS)}, got {','.join(args.formats)}")
@@ -474,6 +483,7 @@ def _label(args: argparse.Namespace) -> None:
             progress=sys.stderr.isatty(),
             workers=args.workers,
             devices=args.devices or (),
+            engine=args.engine,
             classes=classes,
             min_area=args.min_area,
             limit=args.limit,

@@ -1,4 +1,4 @@
-"""Where the model runs: in this process, or in one of its own for each of several devices."""
+"""Where the model runs on one machine: in this process, or in one of its own for each of several devices."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 
+from detr_fast.labeling.stages import MAX_PIXELS
 from detr_fast.labeling.workers import SharedMemory, WorkerPool
 from detr_fast.predictor import Pixels, Predictor
 
@@ -75,6 +76,24 @@ class LocalEngine:
         return Found(slot.target, dtype.str, segments_info)
 
 
+def options(predictor: Predictor) -> dict[str, Any]:
+    """What makes another `Predictor` give the same results."""
+    return {name: getattr(predictor, name) for name in OPTIONS}
+
+
+def restored(file: str | IO[bytes], device: str, options: dict[str, Any]) -> Predictor:
+    """A `Predictor` of the model that another process saved for this one, which is why the file is trusted."""
+    return Predictor(torch.load(file, map_location="cpu", weights_only=False), device=device, **options)
+
+
+def slot_bytes(predictor: Predictor) -> int:
+    """Of memory that is only taken when it is used: enough for what the model reads, and for the labels of the
+    largest image."""
+    pixels = 3 * predictor.size * (predictor.max_size + predictor.size)
+    labels = MAX_PIXELS * (1 if predictor.model.config.num_queries < 256 else 2)
+    return -(-max(pixels, labels) // 4096) * 4096
+
+
 class DevicesEngine:
     """The model of a `Predictor` in a process for each device."""
 
@@ -85,10 +104,11 @@ class DevicesEngine:
             copy = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".pt"))
             torch.save(predictor.model, copy)
             copy.flush()
-            options = {name: getattr(predictor, name) for name in OPTIONS}
             shared = (memory.slots, memory.slot_bytes, memory.descriptor)
             self._pools = [
-                stack.enter_context(WorkerPool(1, (_attach, (shared, copy.name, device, options)), shared[2:]))
+                stack.enter_context(
+                    WorkerPool(1, (_attach, (shared, copy.name, device, options(predictor))), shared[2:])
+                )
                 for device in devices
             ]
             self._stack = stack.pop_all()
@@ -107,8 +127,7 @@ _engine: LocalEngine
 def _attach(shared: tuple[int, int, int], file: str, device: str, options: dict[str, Any]) -> None:
     """What a device's process does first."""
     global _engine
-    model = torch.load(file, map_location="cpu", weights_only=False)  # the parent's own
-    _engine = LocalEngine(Predictor(model, device=device, **options), SharedMemory(*shared))
+    _engine = LocalEngine(restored(file, device, options), SharedMemory(*shared))
 
 
 def _find(batch: list[Slot]) -> list[Found]:

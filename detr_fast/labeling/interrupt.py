@@ -26,6 +26,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.number: int | None = None
         self._computing = False
+        self._grace = GRACE
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -43,20 +44,20 @@ class Interrupt:
             signal.raise_signal(self.number)
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """What is inside may be broken off, by raising `Interrupted`."""
-        self._computing = True
+    def computing(self, grace: float | None = None) -> Iterator[None]:
+        """What is inside may be broken off, by raising `Interrupted`, `grace` (GRACE) seconds after a signal."""
+        self._computing, self._grace = True, GRACE if grace is None else grace
         try:
             yield
         finally:
-            self._computing = False
+            self._computing, self._grace = False, GRACE
 
     def _wish(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
             self._restore()
             signal.raise_signal(number)
         self.number = number
-        signal.setitimer(signal.ITIMER_REAL, GRACE, 0.1)
+        signal.setitimer(signal.ITIMER_REAL, self._grace, 0.1)
 
     def _insist(self, number: int, frame: FrameType | None) -> None:
         if self._computing:

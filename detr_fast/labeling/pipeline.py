@@ -4,12 +4,13 @@
                (workers)                                    (this process)     (workers)
 
 Every stage holds a bounded number of images, in slots of shared memory. JSON is made at the end, from the manifest.
+`cluster.py` has the same stages on Ray.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import importlib.util
 import os
 import queue
 import shutil
@@ -28,11 +29,11 @@ from tqdm import tqdm
 
 import detr_fast
 from detr_fast.labeling import report, stages, writers
-from detr_fast.labeling.engines import DevicesEngine, Engine, Found, LocalEngine, Slot
+from detr_fast.labeling.engines import DevicesEngine, Engine, Found, LocalEngine, Slot, slot_bytes
 from detr_fast.labeling.interrupt import Interrupt, Interrupted
 from detr_fast.labeling.manifest import PNG_FOLDERS, RESULTS, Manifest, OccupiedError, Run, locked, occupied
 from detr_fast.labeling.results import LabelSummary, write_results
-from detr_fast.labeling.stages import FORMATS, MAX_PIXELS, Reading, Writing
+from detr_fast.labeling.stages import FORMATS, Reading, Writing
 from detr_fast.labeling.workers import SharedMemory, WorkerDied, WorkerPool
 from detr_fast.predictor import Predictor, resolve_device
 
@@ -40,7 +41,7 @@ from detr_fast.predictor import Predictor, resolve_device
 BATCHES_AHEAD = 2
 COMMIT_IMAGES = 64  # the manifest is written after so many images,
 COMMIT_SECONDS = 2.0  # or after this time
-FAILED = (ValueError, OSError, MemoryError, WorkerDied)  # what reading an image may raise
+ENGINES: dict[str, tuple[str, ...]] = {"local": (), "ray": ("ray", "pyarrow")}  # and what each needs installed
 
 
 def find_images(folder: Path, out: Path) -> list[str]:
@@ -81,6 +82,7 @@ def label(
     *,
     workers: int | None = None,
     devices: Sequence[str] = (),
+    engine: str = "local",
     classes: Iterable[int | str] | None = None,
     min_area: int = 0,
     limit: int | None = None,
@@ -100,8 +102,8 @@ def label(
     `run.json`, from which `resume` goes on; the JSON comes at the end. Nothing of this depends on `batch_size`,
     `workers`, shards, or on where a run was interrupted. Memory does not grow with the number of images.
 
-    SIGINT and SIGTERM end the run once what has been started is written, and are then raised again, if this is called
-    in the main thread.
+    SIGINT and SIGTERM end the run once what has been started is written (on Ray at once), and are then raised again, if
+    this is called in the main thread.
 
     Args:
         images: the folder; `out` may lie in it and is then not searched.
@@ -112,6 +114,9 @@ def label(
             but one of them.
         devices: run the model on these, with a process and a copy of the model for each, instead of on its own device;
             all GPUs or all "cpu".
+        engine: "local", or "ray" for all machines of the Ray cluster that `ray.init` finds, or this one alone if it
+            finds none: CPUs read and write, and each GPU runs the model if `model` is on one. All machines see `images`
+            and `out` under the same paths. The labels are the same; `workers` and `devices` are the local engine's.
         classes: names or ids of the only classes that are wanted; the pixels of others become void.
         min_area: segments of fewer pixels become void.
         limit: take the first so many images of the listing only.
@@ -123,12 +128,15 @@ def label(
         preview: write report.html, a page that shows so many of the images with their labels, and statistics.
 
     Raises:
-        ValueError: an argument is not as above, `images` holds no images, the model has no mask head.
+        ValueError: an argument is not as above, `images` holds no images, the model has no mask head, Ray is not
+            installed.
         OccupiedError: (a ValueError) `out` holds another run, or something else in the place of its files.
         OSError: a folder cannot be read or a file cannot be written; what was written before is kept.
+        RuntimeError: Ray cannot be started or reached, its cluster lacks what the model needs, or it gives up.
     """
     started = time.monotonic()
     images, out = Path(images), Path(out)
+    check_engine(engine, workers, devices)
     check_options(workers, min_area, limit, shard, formats, preview)
     if len({resolve_device(device).type for device in devices}) > 1:
         raise ValueError(f"devices must be all GPUs or all cpu, got {', '.join(devices)}")
@@ -138,7 +146,7 @@ def label(
         raise ValueError("labeling needs a panoptic model, got one without a mask head")
     wanted = None if classes is None else frozenset(class_ids(classes, predictor.categories))
     bits = 8 if predictor.model.config.num_classes <= 256 else 16
-    writing = Writing(out, tuple(name for name in FORMATS if name in formats), wanted, min_area, bits)
+    writing = Writing(out.absolute(), tuple(name for name in FORMATS if name in formats), wanted, min_area, bits)
     used: Sequence[str | torch.device] = devices or [predictor.device]
     on_gpu = resolve_device(used[0]).type == "cuda"
     i, n = shard or (1, 1)
@@ -160,8 +168,13 @@ def label(
             done = len(mine) - len(todo)
             with tqdm(total=len(mine), initial=done, unit="image", smoothing=0.05, disable=not progress) as bar:
                 reading = Reading(exif, predictor.size, predictor.max_size, on_gpu)
-                labeler = _Labeler(predictor, images, reading, writing, manifest, interrupt, bar)
-                labeler.run(todo, without_place(files), workers or default_workers(on_gpu), devices)
+                inputs = (predictor, images.absolute(), reading, writing, manifest, interrupt, bar)
+                if engine == "ray":
+                    from detr_fast.labeling.cluster import ClusterLabeler
+
+                    ClusterLabeler(*inputs).run(todo, without_place(files))
+                else:
+                    _Labeler(*inputs).run(todo, without_place(files), workers or default_workers(on_gpu), devices)
             if interrupt.number is None:
                 with suppress(Interrupted), interrupt.computing():
                     summary, labelled = write_results(manifest, run, out)
@@ -170,6 +183,17 @@ def label(
                         report.write(out, run, summary, manifest, labelled, preview)
                     return summary
     raise AssertionError("the signal that ended the run was raised again")
+
+
+def check_engine(engine: str, workers: int | None = None, devices: Sequence[str] = ()) -> None:
+    """Raises ValueError for an engine that is unknown, not installed, or does not take what else is given."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if missing := [package for package in ENGINES[engine] if importlib.util.find_spec(package) is None]:
+        raise ValueError(f"{engine} needs {' and '.join(missing)}: pip install 'detr_fast[{engine}]'")
+    given = [name for name, value in (("workers", workers), ("devices", devices)) if value]
+    if engine == "ray" and given:
+        raise ValueError(f"ray does not go with {' and '.join(given)}: the CPUs and GPUs of its cluster decide")
 
 
 def check_options(
@@ -334,7 +358,7 @@ class _Labeler:
         self._ahead = size + 2 * workers
         in_model = size * 2 * max(1, len(devices))
         slots = BATCHES_AHEAD * size + self._ahead + in_model + self._ahead
-        self._memory = SharedMemory(slots, self._slot_bytes())
+        self._memory = SharedMemory(slots, slot_bytes(self._predictor))
         for slot in reversed(range(slots)):
             self._free.put(slot)
         shared = (slots, self._memory.slot_bytes, self._memory.descriptor)
@@ -355,13 +379,6 @@ class _Labeler:
                 self._record(wait=True)
             self._commit(at_once=True)
 
-    def _slot_bytes(self) -> int:
-        """Of memory that is only taken when it is used: enough for what the model reads, and for the labels of the
-        largest image."""
-        pixels = 3 * self._predictor.size * (self._predictor.max_size + self._predictor.size)
-        labels = MAX_PIXELS * (1 if self._predictor.model.config.num_queries < 256 else 2)
-        return -(-max(pixels, labels) // 4096) * 4096
-
     def _decoded(self, files: Sequence[str], hopeless: dict[str, str]) -> Iterator[_Image]:
         """The images that can be read, in their order; until a signal comes."""
         waiting = enumerate(files)
@@ -379,9 +396,9 @@ class _Labeler:
             number, file, slot, future = self._window.popleft()
             try:
                 found = future.result()
-            except FAILED as error:
+            except stages.UNREADABLE as error:
                 self._release(slot)
-                self._fail(file, str(error).removeprefix(f"{self._images / file}: ") or type(error).__name__)
+                self._fail(file, stages.why_unreadable(error, self._images / file))
             else:
                 yield _Image(number, file, Slot(slot, *found))
 
@@ -443,12 +460,8 @@ class _Labeler:
             wait = False
             try:
                 record, paths = future.result()
-            except WorkerDied as error:
-                self._fail(image.file, str(error))
-            except OSError as error:
-                if error.errno != errno.ENAMETOOLONG:
-                    raise
-                self._fail(image.file, "the path of its PNG is too long")
+            except (WorkerDied, OSError) as error:
+                self._fail(image.file, stages.why_unwritable(error))
             else:
                 self._uncommitted.append((image.file, record, paths))
                 self._bar.update()

@@ -6,6 +6,7 @@ or knows who calls it: the functions at the end run the same stages on a slot of
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -20,10 +21,11 @@ from PIL import Image
 from detr_fast.encoding import grey_png, panoptic_png, run_lengths
 from detr_fast.images import read_image, resized_for_normalise, resized_size
 from detr_fast.labeling import writers
-from detr_fast.labeling.workers import RESIDENT, SharedMemory
+from detr_fast.labeling.workers import RESIDENT, SharedMemory, WorkerDied
 
 FORMATS = ("panoptic", "instances", "semantic")
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of an image, which is Pillow's limit
+UNREADABLE = (ValueError, OSError, MemoryError, WorkerDied)  # what reading an image may raise
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,24 @@ def sync(paths: list[Path]) -> None:
     """Makes written files safe from a loss of power."""
     for path in [*paths, *{path.parent for path in paths}]:
         writers.sync(path)
+
+
+def why_unreadable(error: BaseException, path: Path) -> str:
+    """The reason that is recorded of an image whose reading raised one of `UNREADABLE`."""
+    return str(error).removeprefix(f"{path}: ") or type(error).__name__
+
+
+def why_unwritable(error: OSError | WorkerDied) -> str:
+    """The reason that is recorded of an image whose labels could not be written.
+
+    Raises:
+        OSError: `error`, if it is no fault of the image, as a full disk.
+    """
+    if isinstance(error, WorkerDied):
+        return str(error)
+    if error.errno == errno.ENAMETOOLONG:
+        return "the path of its PNG is too long"
+    raise error
 
 
 # ---- the same on shared memory, in a worker ----

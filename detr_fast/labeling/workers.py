@@ -291,7 +291,12 @@ def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     try:
         return pickle.dumps((function(*args), None))
     except Exception as error:
-        try:
-            return pickle.dumps((None, pickle.loads(pickle.dumps(error))))
-        except Exception:  # an exception class may hold anything
-            return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
+        return pickle.dumps((None, portable(error)))
+
+
+def portable(error: Exception) -> Exception:
+    """The error itself, or one of the same message if it cannot be pickled."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception class may hold anything
+        return RuntimeError(f"{type(error).__name__}: {error}")

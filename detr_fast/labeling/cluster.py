@@ -1,0 +1,306 @@
+"""Labeling on Ray Data, which takes the stages to all machines of a cluster.
+
+    names -> decode and resize -> batches of one shape, model, merge -> encode, write, sync -> manifest
+             (tasks)              (actors)                              (tasks)                (this process)
+
+Every machine reads the folder of images and writes the output folder under the same paths. What goes from stage to
+stage are Arrow tables with one row an image: its name and what the last stage made of it, pickled. Ray holds a bounded
+number of them in its object store. Nothing here imports torch but the actors.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from functools import cache, cached_property, partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from tqdm import tqdm
+
+from detr_fast.labeling import stages
+from detr_fast.labeling.interrupt import Interrupt, Interrupted
+from detr_fast.labeling.manifest import Manifest
+from detr_fast.labeling.ray_session import connected, plain_errors, quiet
+from detr_fast.labeling.stages import Decoded, Reading, Writing
+from detr_fast.labeling.workers import SharedMemory, WorkerDied, WorkerPool, portable
+
+if TYPE_CHECKING:
+    from detr_fast.predictor import Predictor
+
+# What an actor takes without a GPU. It is not 0, for machines that have no CPU to give, and not 1, as reading takes, or
+# Ray Data would let the actor read, too.
+MODEL_CPUS = 0.5
+WINDOW_BATCHES = 4  # an actor is given so many batches of images at once, of which those of one shape share a batch
+
+
+class ClusterLabeler:
+    """Takes images from the disk through the model and back to it, on all machines of a Ray cluster.
+
+    The model runs in an actor for each GPU of the cluster if the predictor's device is one, otherwise in one for each
+    machine. A model that takes its process along is started anew, for as long as other images get done.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        images: Path,
+        reading: Reading,
+        writing: Writing,
+        manifest: Manifest,
+        interrupt: Interrupt,
+        bar: tqdm[Any],
+    ) -> None:
+        self._predictor = predictor
+        self._images = images
+        self._reading = reading
+        self._writing = writing
+        self._manifest = manifest
+        self._interrupt = interrupt
+        self._bar = bar
+        self._failed = 0
+
+    def run(self, files: Sequence[str], hopeless: dict[str, str]) -> None:
+        """Labels the images, except for those that are known to fail, and records all in the manifest.
+
+        Raises:
+            RuntimeError: Ray cannot be started or reached, its cluster lacks what the model needs, or it gives up.
+        """
+        self._record((file, _Failure(hopeless[file])) for file in files if file in hopeless)
+        files = [file for file in files if file not in hopeless]
+        if not files:
+            return
+        with (
+            suppress(Interrupted),
+            quiet(),
+            connected(self._interrupt),
+            plain_errors(),
+            closing(self._results(files)) as tables,  # before Ray ends, which closing them would start anew
+        ):
+            while self._interrupt.number is None:
+                with self._interrupt.computing(grace=0.01):
+                    table = next(tables, None)
+                if table is None:
+                    return
+                self._record(_rows(table))
+
+    def _results(self, files: Sequence[str]) -> Generator[pa.Table, None, None]:
+        """Rows of (file, record for the manifest, or what a stage raised)."""
+        from detr_fast.labeling.engines import slot_bytes
+
+        on_gpu = self._predictor.device.type == "cuda"
+        window = WINDOW_BATCHES * self._predictor.batch_size
+        place = slot_bytes(self._predictor)
+        names = [_table((file, None) for file in files[k : k + window]) for k in range(0, len(files), window)]
+        dataset = (
+            ray.data.from_arrow(names)
+            .map_batches(partial(_decode, self._images, self._reading, place), batch_size=None, batch_format="pyarrow")
+            .map_batches(
+                _Model,
+                batch_size=window,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=_actors(on_gpu)),
+                fn_constructor_kwargs=self._model(),
+                num_cpus=0 if on_gpu else MODEL_CPUS,
+                num_gpus=1 if on_gpu else None,
+            )
+            .map_batches(partial(_write, self._writing, place), batch_size=None, batch_format="pyarrow")
+        )
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+
+    def _model(self) -> dict[str, Any]:
+        """The arguments of `_Model`."""
+        import torch
+
+        from detr_fast.labeling import engines
+
+        copy = io.BytesIO()
+        torch.save(self._predictor.model, copy)
+        return {
+            "model": ray.put(copy.getvalue()),
+            "device": self._predictor.device.type,
+            "threads": torch.get_num_threads(),
+            "options": engines.options(self._predictor),
+        }
+
+    def _record(self, rows: Iterable[tuple[str, Any]]) -> None:
+        """Adds images to the manifest whose files are safe on the disk; raises what a stage has raised."""
+        lines: list[tuple[str, dict[str, Any]]] = []
+        for file, value in rows:
+            if isinstance(value, _Failure):
+                self._failed += 1
+                lines.append((file, {"error": str(value)}))
+            elif isinstance(value, Exception):
+                raise value
+            else:
+                lines.append((file, value))
+        self._manifest.append(lines)
+        self._bar.set_postfix_str(f"{self._failed} failed", refresh=False)
+        self._bar.update(len(lines))
+
+
+def _actors(on_gpu: bool) -> int:
+    """How many run the model.
+
+    Raises:
+        RuntimeError: the cluster lacks what they need.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [node.get("CPU", 0) for node in nodes]
+    count = sum(int(node.get("GPU", 0)) for node in nodes) if on_gpu else sum(cpu >= 1 for cpu in cpus)
+    if not count:
+        raise RuntimeError(f"the Ray cluster has no {'GPU' if on_gpu else 'CPU'} to run the model on")
+    if max(cpus) < (1 if on_gpu else 2):
+        raise RuntimeError(f"no machine of the Ray cluster has a CPU left to read and write images, of {max(cpus):g}")
+    return count
+
+
+# ---- the stages ----
+
+
+class _Failure(Exception):
+    """Why an image could not be labelled."""
+
+
+def _table(rows: Iterable[tuple[str, Any]]) -> pa.Table:
+    # the name is pickled, too: not every name is Unicode, as Arrow's strings are
+    return pa.table({"row": pa.array([pickle.dumps(row, protocol=5) for row in rows], pa.large_binary())})
+
+
+def _rows(table: pa.Table) -> Iterator[tuple[str, Any]]:
+    for row in table["row"]:
+        yield pickle.loads(row.as_buffer())
+
+
+def _stage(function: Callable[..., Iterator[pa.Table]]) -> Callable[..., Iterator[pa.Table]]:
+    """What a stage raises goes on in the place of its images, and is raised again where the run is recorded: Ray Data
+    would change it, print it, and start an actor anew."""
+
+    @wraps(function)
+    def stage(*args: Any) -> Iterator[pa.Table]:
+        try:
+            yield from function(*args)
+        except Exception as error:
+            yield _table((file, portable(error)) for file, _ in _rows(args[-1]))
+
+    return stage
+
+
+@_stage
+def _decode(images: Path, reading: Reading, slot_bytes: int, names: pa.Table) -> Iterator[pa.Table]:
+    """Rows of (file, Decoded)."""
+    worker = _worker(slot_bytes)
+    for file, _ in _rows(names):
+        yield _table([(file, worker.decode(images / file, reading))])
+
+
+class _Model:
+    """The model of a `Predictor`, for rows of (file, (ids, segments_info)).
+
+    Args:
+        model: what torch saved, in Ray's object store.
+        threads: of the local engine: the last bits of a score may depend on them.
+    """
+
+    def __init__(self, model: ray.ObjectRef[bytes], device: str, threads: int, options: dict[str, Any]) -> None:
+        self._arguments = (model, device, threads, options)
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        """Made when a stage needs it, for what is raised to be the stage's error."""
+        import torch
+
+        from detr_fast.labeling import engines
+
+        model, device, threads, options = self._arguments
+        torch.set_num_threads(threads)
+        return engines.restored(io.BytesIO(ray.get(model)), device, options)
+
+    @_stage
+    def __call__(self, decoded: pa.Table) -> Iterator[pa.Table]:
+        by_size: dict[tuple[int, int], list[tuple[str, Decoded]]] = {}
+        for file, value in _rows(decoded):
+            if isinstance(value, Exception):
+                yield _table([(file, value)])
+            else:
+                by_size.setdefault(value.size, []).append((file, value))
+        size = self._predictor.batch_size
+        batches = [images[k : k + size] for images in by_size.values() for k in range(0, len(images), size)]
+        started = [self._start([image for _, image in batch]) for batch in batches]
+        for batch, wait in zip(batches, started, strict=True):
+            for (file, _), (ids, segments_info) in zip(batch, wait(), strict=True):
+                yield _table([(file, (ids.astype(np.min_scalar_type(int(ids.max()))), segments_info))])
+
+    def _start(self, batch: list[Decoded]) -> Callable[[], list[Any]]:
+        import torch
+
+        from detr_fast.predictor import Pixels
+
+        return self._predictor.start_segments(
+            [Pixels(torch.from_numpy(image.pixels), image.size, image.target) for image in batch]
+        )
+
+
+@_stage
+def _write(writing: Writing, slot_bytes: int, found: pa.Table) -> Iterator[pa.Table]:
+    """Rows of (file, record for the manifest), of files that are safe on the disk."""
+    worker = _worker(slot_bytes)
+    rows: list[tuple[str, Any]] = []
+    paths: list[Path] = []
+    for file, value in _rows(found):
+        written: list[Path] = []
+        if not isinstance(value, Exception):
+            value, written = worker.write(writing, file, *value)
+        rows.append((file, value))
+        paths += written
+    worker.sync(paths)
+    yield _table(rows)
+
+
+class _Worker:
+    """A worker process of the local engine, beside the Ray worker that this is.
+
+    A library that crashes over a damaged file takes it along and not the Ray worker, whose task Ray would repeat for
+    ever.
+    """
+
+    def __init__(self, slot_bytes: int) -> None:
+        self._memory = SharedMemory(1, slot_bytes)
+        descriptor = self._memory.descriptor
+        self._pool = WorkerPool(1, (stages.attach, (1, slot_bytes, descriptor)), (descriptor,))
+
+    def decode(self, path: Path, reading: Reading) -> Decoded | _Failure:
+        """What is returned holds until the next call."""
+        self._memory.empty(0)
+        try:
+            shape, dtype, size, target = self._pool.submit(stages.decode_into, 0, path, reading).result()
+        except stages.UNREADABLE as error:
+            return _Failure(stages.why_unreadable(error, path))
+        return Decoded(self._memory.array(0, shape, dtype), size, target)
+
+    def write(
+        self, writing: Writing, file: str, ids: np.ndarray, segments_info: list[dict[str, Any]]
+    ) -> tuple[dict[str, Any] | _Failure, list[Path]]:
+        """The record of an image, and its files."""
+        self._memory.empty(0)
+        try:
+            self._memory.array(0, ids.shape, ids.dtype)[:] = ids
+        except ValueError as error:
+            return _Failure(str(error)), []
+        arguments = (0, ids.shape, ids.dtype.str, file, segments_info, writing)
+        try:
+            return self._pool.submit(stages.encode_from, *arguments).result()
+        except (WorkerDied, OSError) as error:
+            return _Failure(stages.why_unwritable(error)), []
+
+    def sync(self, paths: list[Path]) -> None:
+        self._pool.submit(stages.sync, paths).result()
+
+
+_worker = cache(_Worker)  # of this process, which lasts for longer than a task
