@@ -27,6 +27,7 @@ BLOCK = re.compile(r"(?:<!-- not run: ([^\n]+) -->\n)?^```(\w+)\n(.*?)^```$", re
 NOT_RUN = {
     "README.md": [
         "detr-fast label photographs --out labels --resume",
+        "RAY_ADDRESS=auto detr-fast label photographs --out labels --engine ray --resume",
         "python -m bench.labeling --out bench/results/labeling-cpu.json",
         "detr-fast train --data coco --out run --from facebook/detr-resnet-50-panoptic --epochs 50 --lr-drop 40",
         "detr-fast eval --data COCO --model facebook/detr-resnet-50-panoptic --dtype fp32 --out report.json",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path, PosixPath
+from pathlib import Path
 
 import pytest
 import ray
@@ -22,6 +22,7 @@ from detr_fast.labeling.manifest import Manifest
 from detr_fast.labeling.pipeline import label
 from detr_fast.labeling.stages import Reading, Writing
 from detr_fast.predictor import Predictor
+from poison import Poison
 from test_labeling import contents, make_strange_images, picture
 from tiny import tiny_detr
 
@@ -53,15 +54,6 @@ def test_ray_goes_on_with_a_local_run_to_the_same_bytes(
     assert len(bad) < summary.computed < len(good) + len(bad)
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
     assert ray.is_initialized()  # as it was before
-
-
-class Poison(PosixPath):
-    """A folder with an image that kills who reads it."""
-
-    def __fspath__(self) -> str:
-        if self.name == "poison.png":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__fspath__()
 
 
 def test_an_image_that_kills_its_reader_fails_alone_and_a_full_disk_ends_the_run(
@@ -135,7 +127,7 @@ def test_signals_leave_no_process_and_what_is_done_is_kept(
     process.send_signal(number)
     _, err = process.communicate(timeout=300)
     assert process.returncode == code, err
-    assert err.count("\n") <= 1 and "Traceback" not in err
+    assert err in ("", "detr-fast label: error: interrupted\n")
     assert left() == []
     assert not (tmp_path / "out" / "panoptic.json").exists()
     process = start(*arguments, engine)

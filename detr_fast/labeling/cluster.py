@@ -126,7 +126,7 @@ class ClusterLabeler:
             "model": ray.put(copy.getvalue()),
             "device": self._predictor.device.type,
             "threads": torch.get_num_threads(),
-            "options": engines.options(self._predictor),
+            "options": engines.options_of(self._predictor),
         }
 
     def _record(self, rows: Iterable[tuple[str, Any]]) -> None:

@@ -76,7 +76,7 @@ class LocalEngine:
         return Found(slot.target, dtype.str, segments_info)
 
 
-def options(predictor: Predictor) -> dict[str, Any]:
+def options_of(predictor: Predictor) -> dict[str, Any]:
     """What makes another `Predictor` give the same results."""
     return {name: getattr(predictor, name) for name in OPTIONS}
 
@@ -107,7 +107,7 @@ class DevicesEngine:
             shared = (memory.slots, memory.slot_bytes, memory.descriptor)
             self._pools = [
                 stack.enter_context(
-                    WorkerPool(1, (_attach, (shared, copy.name, device, options(predictor))), shared[2:])
+                    WorkerPool(1, (_attach, (shared, copy.name, device, options_of(predictor))), shared[2:])
                 )
                 for device in devices
             ]

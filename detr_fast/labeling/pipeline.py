@@ -146,6 +146,7 @@ def label(
         raise ValueError("labeling needs a panoptic model, got one without a mask head")
     wanted = None if classes is None else frozenset(class_ids(classes, predictor.categories))
     bits = 8 if predictor.model.config.num_classes <= 256 else 16
+    # absolute paths, as the current folder of other processes is another
     writing = Writing(out.absolute(), tuple(name for name in FORMATS if name in formats), wanted, min_area, bits)
     used: Sequence[str | torch.device] = devices or [predictor.device]
     on_gpu = resolve_device(used[0]).type == "cuda"

@@ -40,7 +40,7 @@ def connected(interrupt: Interrupt) -> Iterator[None]:
     _check_address()
     connection = _Connection()
     try:
-        with interrupt.computing():
+        with interrupt.computing(grace=PATIENCE):
             connection.begin()
         yield
     finally:
@@ -84,9 +84,9 @@ class _Connection:
     def end(self) -> None:
         started = _started()
         self._over.set()
-        if self._begun.is_set():
-            self._thread.join()
-        _end(started)
+        with _closed_stderr():
+            self._thread.join(None if self._begun.is_set() else PATIENCE)
+            _end(started)
 
     def _run(self) -> None:
         try:
