@@ -83,12 +83,13 @@ class ClusterLabeler:
             plain_errors(),
             closing(self._results(files)) as tables,  # before Ray ends, which closing them would start anew
         ):
-            while self._interrupt.number is None:
+            missing = len(files)
+            while missing and self._interrupt.number is None:
                 with self._interrupt.computing(grace=0.01):
                     table = next(tables, None)
-                if table is None:
-                    return
-                self._record(_rows(table))
+                if table is None:  # a DataContext of the caller's may let Ray drop what its workers die over
+                    raise RuntimeError(f"Ray gave no result for {missing} of {len(files)} images")
+                missing -= self._record(_rows(table))
 
     def _results(self, files: Sequence[str]) -> Generator[pa.Table, None, None]:
         """Rows of (file, record for the manifest, or what a stage raised)."""
@@ -129,8 +130,8 @@ class ClusterLabeler:
             "options": engines.options_of(self._predictor),
         }
 
-    def _record(self, rows: Iterable[tuple[str, Any]]) -> None:
-        """Adds images to the manifest whose files are safe on the disk; raises what a stage has raised."""
+    def _record(self, rows: Iterable[tuple[str, Any]]) -> int:
+        """Adds images to the manifest whose files are safe on the disk, and counts them; raises what a stage raised."""
         lines: list[tuple[str, dict[str, Any]]] = []
         for file, value in rows:
             if isinstance(value, _Failure):
@@ -143,6 +144,7 @@ class ClusterLabeler:
         self._manifest.append(lines)
         self._bar.set_postfix_str(f"{self._failed} failed", refresh=False)
         self._bar.update(len(lines))
+        return len(lines)
 
 
 def _actors(on_gpu: bool) -> int:
