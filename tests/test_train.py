@@ -383,7 +383,7 @@ def test_divergence_ends_the_run_before_it_spoils_the_weights(command: Command, 
 
 
 def test_bad_annotations_end_a_run_or_are_counted(command: Command, data: Path, tmp_path: Path) -> None:
-    three_classes(data, tmp_path / "data")
+    three_classes(tmp_path / "data")
     (tmp_path / "data" / "images" / "000002.jpg").write_bytes(b"no picture")
     line = ["--data", tmp_path / "data", "--config", json.dumps(CONFIG), "--steps", "4", "--out"]
     code, _, err = command(*line, tmp_path / "fail")
