@@ -22,11 +22,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from tqdm import tqdm
 
 from detr_fast.labeling import stages
-from detr_fast.labeling.interrupt import Interrupt, Interrupted
-from detr_fast.labeling.manifest import Manifest
+from detr_fast.labeling.interrupt import Interrupted
+from detr_fast.labeling.labeler import Labeler
 from detr_fast.labeling.ray_session import connected, plain_errors, quiet
 from detr_fast.labeling.stages import Decoded, Reading, Writing
 from detr_fast.labeling.workers import SharedMemory, WorkerDied, WorkerPool, portable
@@ -40,31 +39,12 @@ MODEL_CPUS = 0.5
 WINDOW_BATCHES = 4  # an actor is given so many batches of images at once, of which those of one shape share a batch
 
 
-class ClusterLabeler:
+class ClusterLabeler(Labeler):
     """Takes images from the disk through the model and back to it, on all machines of a Ray cluster.
 
     The model runs in an actor for each GPU of the cluster if the predictor's device is one, otherwise in one for each
     machine. A model that takes its process along is started anew, for as long as other images get done.
     """
-
-    def __init__(
-        self,
-        predictor: Predictor,
-        images: Path,
-        reading: Reading,
-        writing: Writing,
-        manifest: Manifest,
-        interrupt: Interrupt,
-        bar: tqdm[Any],
-    ) -> None:
-        self._predictor = predictor
-        self._images = images
-        self._reading = reading
-        self._writing = writing
-        self._manifest = manifest
-        self._interrupt = interrupt
-        self._bar = bar
-        self._failed = 0
 
     def run(self, files: Sequence[str], hopeless: dict[str, str]) -> None:
         """Labels the images, except for those that are known to fail, and records all in the manifest.

@@ -31,6 +31,7 @@ import detr_fast
 from detr_fast.labeling import report, stages, writers
 from detr_fast.labeling.engines import DevicesEngine, Engine, Found, LocalEngine, Slot, slot_bytes
 from detr_fast.labeling.interrupt import Interrupt, Interrupted
+from detr_fast.labeling.labeler import Labeler
 from detr_fast.labeling.manifest import PNG_FOLDERS, RESULTS, Manifest, OccupiedError, Run, locked, occupied
 from detr_fast.labeling.results import LabelSummary, write_results
 from detr_fast.labeling.stages import FORMATS, Reading, Writing
@@ -317,31 +318,15 @@ class _Image:
     slot: Slot
 
 
-class _Labeler:
+class _Labeler(Labeler):
     """Takes images from the disk through the model and back to it.
 
     An image keeps one slot of shared memory from its reading to its writing. The slots are as many as images may be
     waiting for a batch, in reading, in the model and in writing, so that no stage can starve another.
     """
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        images: Path,
-        reading: Reading,
-        writing: Writing,
-        manifest: Manifest,
-        interrupt: Interrupt,
-        bar: tqdm[Any],
-    ) -> None:
-        self._predictor = predictor
-        self._images = images
-        self._reading = reading
-        self._writing = writing
-        self._manifest = manifest
-        self._interrupt = interrupt
-        self._bar = bar
-        self._failed = 0
+    def __init__(self, *inputs: Any) -> None:
+        super().__init__(*inputs)
         self._free: queue.LifoQueue[int] = queue.LifoQueue()
         self._encoded: queue.SimpleQueue[tuple[_Image, Future[Any]]] = queue.SimpleQueue()
         self._started: deque[tuple[list[_Image], Callable[[], list[Found]]]] = deque()
