@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -75,41 +75,45 @@ def bilinear_taps(size_in: int, size_out: int, dtype: torch.dtype, device: torch
 
 
 class Cells(NamedTuple):
-    """One axis of the n cells between neighbouring source pixels, each with at least one of the picked pixels.
+    """One axis of the cells that the intervals between neighbouring source pixels are, each with at least one of the
+    picked pixels. Those of an image's first and last interval that lie beyond a source pixel are a cell of their own:
+    else these intervals alone would have half as many again, and every cell as many places.
 
     Attributes:
-        first: the source pixel at which the first cell begins.
-        of: the cell of each picked pixel.
+        first: the source pixel at which the first interval begins.
+        intervals: how many there are.
+        of: the interval of each picked pixel.
+        interval: that of each of the n cells.
         pixels: the picked pixels of each cell [m,n], m the most that one has; those with fewer repeat their last.
-        low_weight, high_weight: the weights of a cell's two source pixels there, [m,n].
+        low_weight, high_weight: the weights of an interval's two source pixels there, [m,n].
     """
 
     first: int
-    of: Tensor
-    pixels: Tensor
-    low_weight: Tensor
-    high_weight: Tensor
-
-    @property
-    def number(self) -> int:
-        return self.pixels.shape[1]
+    intervals: int
+    of: np.ndarray
+    interval: np.ndarray
+    pixels: np.ndarray
+    low_weight: np.ndarray
+    high_weight: np.ndarray
 
 
 def _cells(taps: Taps) -> Cells | None:
     """None if there are none, or some have no pixel."""
-    first, count = int(taps.low[0]), int(taps.high[-1] - taps.low[0])
-    if count < 1:
+    first, intervals = int(taps.low[0]), int(taps.high[-1] - taps.low[0])
+    if intervals < 1:
         return None
-    of = (taps.low - first).clamp(max=count - 1)
-    filled = torch.bincount(of, minlength=count)
+    before = (first == 0) & (taps.low == 0) & (taps.high_weight == 0)
+    after = taps.low == taps.high  # both are the last source pixel: the high one of the interval
+    of = (taps.low - first).clamp(max=intervals - 1)
+    cell = of - before.long() + after.long()
+    filled = torch.bincount(cell - cell[0])
     if not filled.all():
         return None
     start = filled.cumsum(0) - filled
-    pixels = start + torch.minimum(torch.arange(int(filled.max()), device=of.device)[:, None], filled - 1)
-    last = taps.low == taps.high  # its two taps are one pixel: the high one of the cell
-    low_weight = torch.where(last, 0, taps.low_weight)[pixels]
-    high_weight = torch.where(last, taps.low_weight, taps.high_weight)[pixels]
-    return Cells(first, of, pixels, low_weight, high_weight)
+    pixels = start + torch.minimum(torch.arange(int(filled.max()))[:, None], filled - 1)
+    low_weight = torch.where(after, 0, taps.low_weight)[pixels]
+    high_weight = torch.where(after, taps.low_weight, taps.high_weight)[pixels]
+    return Cells(first, intervals, *(x.numpy() for x in (of, of[start], pixels, low_weight, high_weight)))
 
 
 @lru_cache(maxsize=256)
@@ -121,7 +125,8 @@ def _axis(
     distinct, position = np.unique(pil_nearest_indices(processed, target), return_inverse=True)
     taps = bilinear_taps(mask, padded, dtype, device).at(torch.from_numpy(distinct).to(device))
     edges = np.searchsorted(position, np.arange(len(distinct) + 1))
-    return taps, _cells(taps), torch.from_numpy(position).to(device), edges
+    cells = _cells(taps) if device.type == "cpu" else None  # GPUs have a kernel
+    return taps, cells, torch.from_numpy(position).to(device), edges
 
 
 def argmax_of_planes(planes: Iterable[Tensor], count: int) -> Tensor:
@@ -139,22 +144,19 @@ def argmax_of_planes(planes: Iterable[Tensor], count: int) -> Tensor:
     return index.to(_index_dtype(count))
 
 
-def _at_cells(table: Tensor, cells: Tensor) -> Tensor:
-    """table[:, cells] of [m,n]; 20 times faster on a CPU than `index_select`."""
-    return table.gather(1, cells.expand(len(table), -1))
-
-
 def _index_dtype(count: int) -> torch.dtype:
     return torch.uint8 if count <= 256 else torch.int32
 
 
-def take(table: Tensor, index: Tensor) -> Tensor:
+def take(table: np.ndarray, index: Tensor) -> Tensor:
     """table[index] as int32, for an index map of a small integer dtype (torch would read uint8 as a mask)."""
-    return table.int().index_select(0, index.flatten().int()).view(index.shape)
+    entries = torch.from_numpy(table.astype(np.int32)).to(index.device)
+    return entries.index_select(0, index.flatten().int()).view(index.shape)
 
 
 class Candidates(NamedTuple):
-    """The queries that may win in each cell, int16 [C], row by row; the last cell of each row wraps and means nothing.
+    """The queries that may win in each interval of rows and columns, row by row, [C]; the last interval of each row
+    wraps and means nothing.
 
     May win: the largest of its four taps comes within one level of the least tap of the query whose least is largest;
     rounding moves a sum by far less.
@@ -162,23 +164,55 @@ class Candidates(NamedTuple):
     Attributes:
         number: how many.
         first, last: of them, if they are at most two.
-        largest: tap of each query, [K,C].
+        largest: tap of each query, int16 [K,C].
         bound: the least that it must be.
     """
 
-    number: Tensor
-    first: Tensor
-    last: Tensor
-    largest: Tensor
-    bound: Tensor
+    number: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    largest: np.ndarray
+    bound: np.ndarray
 
-    def all_of(self, cells: Tensor, most: int) -> Tensor:
-        """The queries of some cells [U], of which none has more than `most`, in rising order, the last one repeated:
-        int64 [most,U]."""
-        queries = torch.arange(len(self.largest), device=cells.device)[:, None].expand(-1, len(cells))
-        may_win = self.largest.gather(1, cells.expand(len(queries), -1)) >= self.bound[cells]
-        place = torch.where(may_win, may_win.cumsum(0) - 1, most)
-        return self.last[cells].long().repeat(most + 1, 1).scatter_(0, place, queries)[:most]
+    def both_of(self, intervals: np.ndarray) -> np.ndarray:
+        """The queries of N intervals that have two, in rising order: [2,N]."""
+        return np.stack([self.first[intervals], self.last[intervals]])
+
+    def all_of(self, intervals: np.ndarray) -> np.ndarray:
+        """The queries of N intervals in rising order, the last one repeated: [M,N], M the most that one has."""
+        number, last = self.number[intervals].astype(np.int64), self.last[intervals]
+        of, query = (self.largest.take(intervals, axis=1) >= self.bound[intervals]).T.nonzero()
+        queries = last[None].repeat(number.max(initial=1), axis=0)
+        queries[np.arange(len(of)) - (number.cumsum() - number)[of], of] = query
+        return queries
+
+
+def _candidates(masks: np.ndarray, rows: Cells, columns: Cells, levels: float) -> Candidates:
+    """In int16 and along one line, which wraps from row to row, and by NumPy, as torch takes twice as long for views
+    that are not aligned: a plane of 200 x 267 takes 0.06 ms."""
+    height, width = rows.intervals, columns.intervals + 1
+    taps = masks[:, rows.first : rows.first + height + 1, columns.first : columns.first + width]
+    scaled, level = np.empty(taps.shape[1:], taps.dtype), np.empty(taps.shape[1:], np.int16)
+    upper, lower = level[:-1].ravel(), level[1:].ravel()
+    down, across = np.empty_like(upper), np.empty_like(upper)
+    bound = np.full_like(upper, -LEVELS)
+    most = np.zeros((len(masks), len(bound)), np.int16)
+    for mask, largest in zip(taps, most, strict=True):
+        np.copyto(level, np.multiply(mask, taps.dtype.type(levels), out=scaled), casting="unsafe")
+        np.minimum(upper, lower, out=down)
+        np.maximum(bound[:-1], np.minimum(down[:-1], down[1:], out=across[:-1]), out=bound[:-1])
+        np.maximum(upper, lower, out=down)
+        np.maximum(down[:-1], down[1:], out=largest[:-1])
+    bound -= 1
+    count, total, last, query = np.zeros((4, len(bound)), np.min_scalar_type(len(masks)))
+    flag = np.empty(len(bound), bool)
+    for k, largest in enumerate(most):
+        wins = np.greater_equal(largest, bound, out=flag).view(np.uint8)
+        count += wins
+        np.multiply(wins, count.dtype.type(k), out=query)
+        total += query  # may overflow, and comes back when `last` is taken from it
+        np.maximum(last, query, out=last)
+    return Candidates(count, total - last, last, most, bound)
 
 
 class _Logits:
@@ -192,89 +226,72 @@ class _Logits:
         self.rows, self.row_cells, self.row_of, self.row_edges = rows
         self.columns, self.column_cells, self.column_of, self.column_edges = columns
 
-    def winners(self) -> Tensor:
-        """The query with the largest logit at each pixel, ties to the lower index, [R,C]."""
-        winners = self._winners_of_cells()
-        return self._winners_of_planes() if winners is None else winners
+    def winners(self, label: np.ndarray) -> Tensor:
+        """The label [K] of the query with the largest logit at each pixel, ties to the lower index, [R,C]."""
+        winners = self._winners_of_cells(label)
+        return take(label, self._winners_of_planes()) if winners is None else winners
 
     def _winners_of_planes(self) -> Tensor:
-        """From every logit."""
+        """The query, from every logit."""
         step = max(1, BLOCK_PIXELS // len(self.columns.low))
         starts = range(0, len(self.rows.low), step)
         blocks = [argmax_of_planes(self._planes(self.rows.at(slice(i, i + step))), len(self.masks)) for i in starts]
         return torch.cat(blocks)
 
-    def _winners_of_cells(self) -> Tensor | None:
-        """The same from the few logits that leave a doubt; None where there are many, or few pixels to a cell."""
+    def _winners_of_cells(self, label: np.ndarray) -> Tensor | None:
+        """Its label, from the few logits that leave a doubt; None where there are many, or few pixels to a cell."""
         rows, columns, count = self.row_cells, self.column_cells, len(self.masks)
-        if rows is None or columns is None or len(rows.of) * len(columns.of) < 2 * rows.number * columns.number:
+        if rows is None or columns is None or len(rows.of) * len(columns.of) < 2 * rows.intervals * columns.intervals:
             return None
-        lowest, highest = (float(value) for value in self.masks.aminmax())
-        largest, numbers = max(-lowest, highest), torch.finfo(self.dtype)
+        masks = self.masks.detach().to(self.dtype).numpy()
+        largest, numbers = max(-float(masks.min()), float(masks.max())), torch.finfo(self.dtype)
         if not numbers.tiny / numbers.eps < largest < math.inf:  # nor is NaN: sums of such taps may be NaN
             return None
-        found = self._candidates(rows, columns, LEVELS / largest)
-        pairs, crowds = (where.nonzero()[:, 0] for where in (found.number == 2, found.number > 2))
-        most = int(found.number.max())
-        if SCATTERED * (2 * len(pairs) + most * len(crowds)) > count * rows.number * columns.number:
+        found = _candidates(masks, rows, columns, LEVELS / largest)
+        number = found.number.reshape(rows.intervals, -1).take(columns.interval, axis=1).take(rows.interval, axis=0)
+        pairs, crowds = np.flatnonzero(number == 2), np.flatnonzero(number > 2)
+        if SCATTERED * (2 * len(pairs) + int(number.max()) * len(crowds)) > count * number.size:
             return None
-        winners = found.last.view(rows.number, -1).to(_index_dtype(count)).index_select(0, rows.of)
-        winners = winners.gather(1, columns.of.expand(len(rows.of), -1))
-        self._settle_cells(winners, rows, columns, pairs, torch.stack([found.first[pairs], found.last[pairs]]).long())
-        self._settle_cells(winners, rows, columns, crowds, found.all_of(crowds, most))
-        return winners
+        label = label.astype(found.last.dtype)
+        won = label.take(found.last).reshape(rows.intervals, -1).take(columns.of, axis=1).take(rows.of, axis=0)
+        for cells, queries_of in ((pairs, found.both_of), (crowds, found.all_of)):
+            y, x = np.divmod(cells, len(columns.interval))
+            queries = queries_of(rows.interval[y] * (columns.intervals + 1) + columns.interval[x])
+            step = max(1, BLOCK_VALUES // (len(queries) * len(rows.pixels) * len(columns.pixels)))
+            for some in (slice(start, start + step) for start in range(0, len(cells), step)):
+                self._settle_cells(won, label, y[some], x[some], queries[:, some])
+        return torch.from_numpy(won)
 
-    def _candidates(self, rows: Cells, columns: Cells, levels: float) -> Candidates:
-        """In int16 and along one line, which wraps from row to row, a plane of 800 x 1066 takes 0.05 ms."""
-        height, width = rows.number, columns.number + 1
-        taps = self.masks[:, rows.first : rows.first + height + 1, columns.first : columns.first + width]
-        device, size = taps.device, height * width
-        scaled = torch.empty((height + 1, width), dtype=self.dtype, device=device)
-        level = torch.empty(scaled.shape, dtype=torch.int16, device=device)
-        upper, lower = level.flatten()[:-width], level.flatten()[width:]
-        down, flag = (torch.empty(size, dtype=torch.int16, device=device) for _ in range(2))
-        bound = torch.full_like(down, -LEVELS)
-        most = torch.empty((len(self.masks), size), dtype=torch.int16, device=device)
-        for mask, largest in zip(taps, most, strict=True):
-            level.copy_(torch.mul(mask.to(self.dtype), levels, out=scaled))
-            torch.minimum(upper, lower, out=down)
-            torch.maximum(bound[:-1], torch.minimum(down[:-1], down[1:], out=flag[:-1]), out=bound[:-1])
-            torch.maximum(upper, lower, out=down)
-            torch.maximum(down[:-1], down[1:], out=largest[:-1])
-        bound -= 1
-        count, total, last = (torch.zeros_like(bound) for _ in range(3))
-        for k, largest in enumerate(most):
-            count += torch.ge(largest, bound, out=flag)
-            total += flag.mul_(k)
-            torch.maximum(last, flag, out=last)
-        count.view(height, width)[:, -1] = 1
-        return Candidates(count, total - last, last, most, bound)
+    def _settle_cells(
+        self, won: np.ndarray, label: np.ndarray, y: np.ndarray, x: np.ndarray, queries: np.ndarray
+    ) -> None:
+        """Writes who won the pixels of the cells (y, x), each [N], of which each has its own candidates, [M,N] in
+        rising order."""
+        rows, columns = cast(Cells, self.row_cells), cast(Cells, self.column_cells)
+        values = self._in_cells(rows, columns, y, x, queries.astype(np.int64))
+        labels = label[queries]
+        best, found = values[0], labels[0]
+        for value, challenger in zip(values[1:], labels[1:], strict=True):
+            found = found + (value > best).view(np.uint8) * (challenger - found)  # `np.where` takes 20 times as long
+            np.maximum(best, value, out=best)
+        place = rows.pixels.take(y, axis=1)[:, None] * won.shape[1] + columns.pixels.take(x, axis=1)
+        won.reshape(-1)[place] = found
 
-    def _settle_cells(self, winners: Tensor, rows: Cells, columns: Cells, cells: Tensor, queries: Tensor) -> None:
-        """Writes the winners of some cells [U], of which each has its own candidates, [N,U] in rising order."""
-        width = columns.number + 1
-        step = max(1, BLOCK_VALUES // (len(queries) * len(rows.pixels) * len(columns.pixels)))
-        for some, candidates in zip(cells.split(step), queries.split(step, dim=1), strict=True):
-            y = some.div(width, rounding_mode="floor")
-            x = some - y * width
-            values = self._in_cells(rows, columns, y, x, candidates)
-            index = argmax_of_planes(values, len(values)).long()
-            found = candidates.gather(0, index.flatten(0, 1)).to(winners.dtype)
-            place = _at_cells(rows.pixels, y)[:, None] * winners.shape[1] + _at_cells(columns.pixels, x)
-            winners.view(-1).scatter_(0, place.flatten(), found.flatten())
-
-    def _in_cells(self, rows: Cells, columns: Cells, y: Tensor, x: Tensor, queries: Tensor) -> Tensor:
-        """Logits of queries [N,U] at the pixels of the cells (y, x), each [U]: [N,m,n,U], summed as `_planes` does."""
+    def _in_cells(
+        self, rows: Cells, columns: Cells, y: np.ndarray, x: np.ndarray, queries: np.ndarray
+    ) -> np.ndarray:
+        """Logits of queries [M,N] at the pixels of the cells (y, x), each [N]: [M,m,n,N], summed as `_planes` does."""
         _, height, width = self.masks.shape
-        corner = (queries * height + y + rows.first) * width + x + columns.first
-        left_weight, right_weight = (_at_cells(weight, x) for weight in columns[3:])
-        upper_weight, lower_weight = (_at_cells(weight, y)[:, None] for weight in rows[3:])
+        top, left = rows.interval[y] + rows.first, columns.interval[x] + columns.first
+        corner = torch.from_numpy((queries * height + top) * width + left)
+        left_weight, right_weight = (torch.from_numpy(weight.take(x, axis=1)) for weight in columns[5:])
+        upper_weight, lower_weight = (torch.from_numpy(weight.take(y, axis=1))[:, None] for weight in rows[5:])
 
         def across(left: Tensor) -> Tensor:
             row = self.masks.take(left).to(self.dtype)[:, None] * left_weight
             return row.addcmul_(self.masks.take(left + 1).to(self.dtype)[:, None], right_weight)[:, None]
 
-        return (across(corner) * upper_weight).addcmul_(across(corner + width), lower_weight)
+        return (across(corner) * upper_weight).addcmul_(across(corner + width), lower_weight).numpy()
 
     def _planes(self, rows: Taps) -> Iterator[Tensor]:
         """Each query's logits at `rows` and all columns: across the few source rows first, then down.
@@ -318,12 +335,12 @@ class _Logits:
             picked = picked.gather(1, self.column_of.expand(len(picked), -1))
         return picked
 
-    def runs(self, winners: Tensor) -> Runs:
+    def runs(self, won: Tensor) -> Runs:
         """A map of the distinct picked pixels [R,C], as the target shows it.
 
         By NumPy, on the host: smooth masks leave a few thousand runs, and torch takes four times as long to find them.
         """
-        values = winners.cpu().numpy()
+        values = won.cpu().numpy()
         begins = np.ones(values.shape, dtype=bool)
         np.not_equal(values[:, 1:], values[:, :-1], out=begins[:, 1:])
         places = np.flatnonzero(begins)
@@ -335,56 +352,59 @@ class _Logits:
 
 
 class Runs(NamedTuple):
-    """Rectangles of target pixels that one query won, each [N]: the pixels of one picked row between two changes."""
+    """Rectangles of target pixels of one label, each [N]: the pixels of one picked row between two changes."""
 
-    query: np.ndarray
+    label: np.ndarray
     left: np.ndarray
     top: np.ndarray
     right: np.ndarray
     bottom: np.ndarray
 
     def areas(self, count: int) -> np.ndarray:
-        """Target pixels of each of `count` queries, int64 [K]."""
+        """Target pixels of each of `count` labels, int64."""
         pixels = (self.right - self.left) * (self.bottom - self.top)
-        return np.bincount(self.query, weights=pixels, minlength=count).astype(np.int64)
+        return np.bincount(self.label, weights=pixels, minlength=count).astype(np.int64)
 
-    def boxes(self, segment: np.ndarray, count: int) -> list[list[int]]:
-        """Tight boxes [x, y, width, height] of segments 0 to `count` - 1, to which the queries [K] belong."""
-        own = segment[self.query]
+    def boxes(self, count: int) -> list[list[int]]:
+        """Tight boxes [x, y, width, height] of `count` labels; nonsense of one without pixels."""
         low, high = np.full((2, count), np.iinfo(np.int64).max), np.zeros((2, count), dtype=np.int64)
         for axis, (first, last) in enumerate(((self.left, self.right), (self.top, self.bottom))):
-            np.minimum.at(low[axis], own, first)
-            np.maximum.at(high[axis], own, last)
+            np.minimum.at(low[axis], self.label, first)
+            np.maximum.at(high[axis], self.label, last)
         return np.concatenate([low, high - low]).T.tolist()
 
 
-def _settle(logits: _Logits, first_of: Tensor, *, merge_for_good: bool) -> tuple[Tensor, Tensor, Tensor, Runs]:
-    """Merge, remove the segments of at most SMALLEST_AREA target pixels, and redo until none is left.
+class Settled(NamedTuple):
+    """What is left of some labels: the label of each picked pixel [R,C], in a small integer dtype and meaningless if no
+    label is left; the labels that are, bool [S]; the target pixels that each counts, int64 [S]; all as rectangles."""
+
+    won: Tensor
+    alive: np.ndarray
+    area: np.ndarray
+    runs: Runs
+
+
+def _settle(logits: _Logits, label: np.ndarray, counts_for: np.ndarray) -> Settled:
+    """Merge, remove the labels of at most SMALLEST_AREA target pixels, and redo until none is left.
 
     Arguments:
-        first_of: [K], the query whose segment each query joins (itself, or the first of its stuff class).
-        merge_for_good: queries that joined a segment live and die with it. Otherwise, as upstream, they count 0 pixels
-            themselves, and so are removed in the first round and lose their pixels, to any query.
-
-    Returns:
-        The winning query at each picked pixel [R,C], meaningless if no query is left; the queries left, bool [K];
-        the target pixels of each query's segment, int64 [K]; the winners as runs.
+        label: [K], of each query.
+        counts_for: [S], the label to whose area the pixels of each label are added.
     """
-    count = len(first_of)
-    alive = torch.ones_like(first_of, dtype=torch.bool)
-    winners = logits.winners()
+    alive = np.ones(len(counts_for), dtype=bool)
+    won = logits.winners(label)
     while True:
-        runs = logits.runs(winners)
-        pixels = torch.from_numpy(runs.areas(count)).to(first_of.device)
-        area = torch.zeros_like(pixels).index_add_(0, first_of, pixels)
-        if merge_for_good:
-            area = area[first_of]
+        runs = logits.runs(won)
+        pixels = runs.areas(len(alive))
+        area = np.bincount(counts_for, weights=pixels, minlength=len(alive)).astype(np.int64)
         small = alive & (area <= SMALLEST_AREA)
         alive = alive & ~small
-        if not small.any() or not alive.any():
-            return winners, alive, area, runs
-        lost = small[winners.long()].nonzero()
-        winners[lost[:, 0], lost[:, 1]] = logits.winners_at(lost, alive).to(winners.dtype)
+        if not alive.any() or not pixels[small].any():
+            return Settled(won, alive, area, runs)
+        device = won.device
+        lost = torch.from_numpy(small).to(device)[won.long()].nonzero()
+        queries = logits.winners_at(lost, torch.from_numpy(alive[label]).to(device))
+        won[lost[:, 0], lost[:, 1]] = torch.from_numpy(label).to(device)[queries].to(won.dtype)
 
 
 def is_thing(isthing: IsThing, label: int) -> Any:
@@ -397,11 +417,11 @@ def is_thing(isthing: IsThing, label: int) -> Any:
         raise ValueError(f"is_thing_map has no entry for class {label}, which was detected") from None
 
 
-def _first_of_class(labels: list[int], isthing: IsThing, device: torch.device) -> Tensor:
+def _first_of_class(labels: list[int], isthing: IsThing) -> np.ndarray:
     """For each query the first query of its class if that is stuff, else itself, int64 [K]."""
     first: dict[int, int] = {}
     stuff = {label: not is_thing(isthing, label) for label in set(labels)}
-    return torch.tensor([first.setdefault(c, k) if stuff[c] else k for k, c in enumerate(labels)], device=device)
+    return np.array([first.setdefault(c, k) if stuff[c] else k for k, c in enumerate(labels)], dtype=np.int64)
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
@@ -463,18 +483,19 @@ def upstream_panoptic_merge(
     _check(pred_masks, scores, labels)
     processed, target = pair("processed_size", processed_size), pair("target_size", target_size)
     classes = labels.tolist()
-    first_of = _first_of_class(classes, isthing, pred_masks.device)
+    first_of = _first_of_class(classes, isthing)
     nothing = torch.zeros(target, dtype=torch.int32, device=pred_masks.device)
     if not classes:
         return nothing, []
     logits = _Logits(pred_masks, processed, processed, target)
-    winners, alive, area, _ = _settle(logits, first_of, merge_for_good=False)
-    if not alive.any():
+    # the parts of one stuff class but the first count no pixels themselves, and so are removed in the first round
+    settled = _settle(logits, np.arange(len(classes)), first_of)
+    if not settled.alive.any():
         return nothing, []
-    kept, areas = alive.nonzero().flatten().tolist(), area.tolist()
-    return logits.spread(take(alive.cumsum(0) - 1, winners)), [
+    areas = settled.area.tolist()
+    return _ids(logits, settled, 0), [
         {"id": i, "isthing": is_thing(isthing, classes[k]), "category_id": classes[k], "area": areas[k]}
-        for i, k in enumerate(kept)
+        for i, k in enumerate(np.flatnonzero(settled.alive).tolist())
     ]
 
 
@@ -519,26 +540,34 @@ def panoptic_merge(
     if processed[0] > padded[0] or processed[1] > padded[1]:
         raise ValueError(f"processed_size must lie within padded_size {padded}, got {processed}")
     classes = labels.tolist()
-    first_of = _first_of_class(classes, isthing, pred_masks.device)
+    first_of = _first_of_class(classes, isthing)
     nothing = torch.zeros(target, dtype=torch.int32, device=pred_masks.device)
     if not classes:
         return nothing, []
     logits = _Logits(pred_masks, padded, processed, target)
-    winners, alive, area, runs = _settle(logits, first_of, merge_for_good=True)
-    if not alive.any():
+    leads, segment = np.unique(first_of, return_inverse=True)
+    settled = _settle(logits, segment, np.arange(len(leads)))
+    if not settled.alive.any():
         return nothing, []
-    leads = alive & (first_of == torch.arange(len(classes), device=first_of.device))
-    id_of, kept = leads.cumsum(0)[first_of], leads.nonzero().flatten().tolist()
-    best = torch.zeros_like(scores).scatter_reduce_(0, first_of, scores, "amax", include_self=False).tolist()
-    areas, boxes = area.tolist(), runs.boxes(id_of.cpu().numpy() - 1, len(kept))
-    return logits.spread(take(id_of, winners)), [
+    best, values = [-math.inf] * len(leads), scores.tolist()
+    for k, s in enumerate(segment.tolist()):
+        best[s] = max(best[s], values[k])
+    areas, boxes = settled.area.tolist(), settled.runs.boxes(len(leads))
+    return _ids(logits, settled, 1), [
         {
             "id": i,
-            "category_id": classes[k],
-            "isthing": bool(is_thing(isthing, classes[k])),
-            "score": best[k],
-            "area": areas[k],
-            "bbox": box,
+            "category_id": classes[leads[s]],
+            "isthing": bool(is_thing(isthing, classes[leads[s]])),
+            "score": best[s],
+            "area": areas[s],
+            "bbox": boxes[s],
         }
-        for i, (k, box) in enumerate(zip(kept, boxes, strict=True), start=1)
+        for i, s in enumerate(np.flatnonzero(settled.alive).tolist(), start=1)
     ]
+
+
+def _ids(logits: _Logits, settled: Settled, first: int) -> Tensor:
+    """The map of the labels that are left, counted from `first`, int32 [H,W]."""
+    won = settled.won
+    ids = won.int().add_(first) if settled.alive.all() else take(settled.alive.cumsum() - 1 + first, won)
+    return logits.spread(ids)

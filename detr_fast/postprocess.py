@@ -438,7 +438,7 @@ def _weighted_merge(
     ratios = (won / own).tolist()
     accepted = [ok and ratio > overlap_threshold for ok, ratio in zip(large, ratios, strict=True)]
     ids, segments = _number_segments(accepted, scores.tolist(), labels.tolist(), fuse)
-    return {"segmentation": take(torch.tensor(ids, device=winners.device), winners), "segments_info": segments}
+    return {"segmentation": take(np.array(ids), winners), "segments_info": segments}
 
 
 def _weighted_merges_at_once(

@@ -25,6 +25,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from detr_fast.deflate import zlib_stream
 from detr_fast.encoding import grey_png, panoptic_png, run_lengths
 from detr_fast.evaluation.panoptic_quality import panoptic_quality
 from detr_fast.labeling import interrupt, pipeline
@@ -101,6 +102,20 @@ def test_run_lengths_and_pngs_are_what_pycocotools_and_pillow_have(ids: np.ndarr
     assert np.array_equal(rgb_to_id(np.array(Image.open(io.BytesIO(panoptic_png(large))))), large)
     for values in ((ids * 60).astype(np.uint8), (ids.astype(np.int64) * 20_000).astype(np.uint16)):
         assert np.array_equal(np.array(Image.open(io.BytesIO(grey_png(values)))), values)
+
+
+@given(
+    pixels=st.lists(
+        st.tuples(st.integers(0, 255), st.sampled_from([1, 2, 3, 86, 87, 88, 300]), st.integers(0, 600)), max_size=20
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_a_zlib_stream_of_sparse_bytes_is_zlibs(pixels: list[tuple[int, int, int]]) -> None:
+    """Pixels, repeated, and cut off or with zeros after them."""
+    data = b"\x02" + b"".join((bytes([value, 0, 0]) * times + bytes(600))[: 3 * times - 2 + n] for value, times, n in pixels)
+    array = np.frombuffer(data, dtype=np.uint8)
+    places = np.flatnonzero(array)
+    assert zlib.decompress(zlib_stream(places, array[places], len(data))) == data
 
 
 def test_run_lengths_of_a_large_mask() -> None:

@@ -307,10 +307,11 @@ def test_winners_of_cells_are_those_of_all_logits(block: int, monkeypatch: pytes
         processed = [int(random.randint(side // 2, side + 1)) for side in padded] if seed % 2 else padded
         target = [int(random.randint(2 * side // 3, 2 * side)) for side in processed]
         logits = merge._Logits(masks, padded, processed, target)
-        winners = logits._winners_of_cells()
+        label = np.random.RandomState(seed).permutation(len(masks))
+        winners = logits._winners_of_cells(label)
         if winners is not None:
             taken += 1
-            assert torch.equal(winners, logits._winners_of_planes()), seed
+            assert torch.equal(winners, torch.from_numpy(label)[logits._winners_of_planes().int()]), seed
     assert taken > 40
 
 
@@ -318,12 +319,12 @@ def test_winners_of_cells_are_those_of_all_logits(block: int, monkeypatch: pytes
 def test_cells_do_not_judge_what_they_cannot(value: float) -> None:
     masks = torch.from_numpy(smooth(np.random.RandomState(0), 9, 40, 60, knots=3))
     size = (160, 240)
-    assert merge._Logits(masks, size, size, size)._winners_of_cells() is not None
+    assert merge._Logits(masks, size, size, size)._winners_of_cells(np.arange(9)) is not None
     if np.isfinite(value):
         masks *= value / masks.abs().max()
     else:
         masks[4, 7, 8] = value
-    assert merge._Logits(masks, size, size, size)._winners_of_cells() is None
+    assert merge._Logits(masks, size, size, size)._winners_of_cells(np.arange(9)) is None
 
 
 def test_corrected_merge_keeps_stuff_merged_and_counts_from_one() -> None:
