@@ -129,7 +129,7 @@ def _codes() -> Codes:
     for symbol, extra in enumerate(EXTRA_BITS, FIRST_LENGTH):
         code, length = codes[symbol]
         matches += [(code | more << length, length + extra) for more in range(1 << extra)]
-    matches[LONGEST - 3 :] = [codes[FIRST_LENGTH + len(EXTRA_BITS) - 1]]  # and not the symbol before with all extra bits
+    matches[LONGEST - 3 :] = [codes[FIRST_LENGTH + len(EXTRA_BITS) - 1]]  # the symbol before could have said it too
     near, far = ([(code | distance << length, length + 1) for code, length in matches] for distance in (0, 1))
     literal = [codes[symbol] for symbol in range(END + 1)]
     zeros, pixels = [(0, number * bits[0]) for number in range(3)] + near, [(0, 0)] * 3 + far

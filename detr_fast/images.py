@@ -6,7 +6,7 @@ No torch here: the processes that read images for `detr-fast label` need none, a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -17,6 +17,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 NORMALISED_AT_ONCE = 1 << 16  # values, 256 KiB of float32
+ADDED_AT_ONCE = 16  # rows or columns
+MULTIPLIED_AT_ONCE = 1 << 17  # products of numbers, which OpenBLAS leaves to one thread
 
 # Pillow resizes 8-bit images in fixed point, with weights in units of 2**-22: 255 times their sum fits int32.
 WEIGHT_BITS = 22
@@ -181,9 +183,28 @@ def image_to_array(image: Image.Image, size: int = 800, max_size: int | None = 1
     return out
 
 
-def resized_for_normalise(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """An RGB picture resized with Pillow's bilinear filter, but for rows that are to be added, as `normalise` does."""
-    return picture.resize((width, min(height, picture.height)), Image.Resampling.BILINEAR)
+def resized_for_normalise(
+    picture: Image.Image, width: int, height: int, allocate: Callable[..., np.ndarray] = np.empty
+) -> np.ndarray:
+    """An RGB picture resized with Pillow's bilinear filter, but for rows that are to be added, as `normalise` does.
+
+    480 rows of 640 pixels become 1066 wide in 2.4 ms; Pillow takes 3.0, with the copy of its larger picture.
+
+    Args:
+        allocate: makes the array from its shape and dtype.
+
+    Returns:
+        uint8 [at most height, width, 3].
+    """
+    added = width > picture.width and height >= picture.height
+    if not added:
+        picture = picture.resize((width, min(height, picture.height)), Image.Resampling.BILINEAR)
+    out = allocate((picture.height, width, 3), np.uint8)
+    if added:
+        _add_columns(np.asarray(picture).reshape(picture.height, -1), out.reshape(picture.height, -1))
+    else:
+        out[:] = np.asarray(picture)
+    return out
 
 
 def normalise(pixels: np.ndarray, out: np.ndarray) -> None:
@@ -191,59 +212,81 @@ def normalise(pixels: np.ndarray, out: np.ndarray) -> None:
     float32 [h, w, 3]; both contiguous. Bit for bit `preprocess.image_to_tensor`, in another order in memory.
 
     Some rows at a time, so that they stay in the cache, and with a mean and std for each value of a row, as NumPy is
-    slow where three of them repeat. Measured at 800 x 1066 on one core: 2.4 ms, plane by plane 3.0, a lookup table 2.9
-    to 4. Rows are added, 320 to 480, in 3.0 ms; Pillow, and the copies of the larger picture, take 4.4.
+    slow where three of them repeat. Measured at 800 x 1066 on one core: 2.3 ms, and 1.2 more for rows to be added to
+    480; Pillow takes 4.9 for these, with the copies of its larger picture.
     """
     height, width, _ = out.shape
     mean, std = (np.tile(np.array(values, np.float32), width) for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels, out = pixels.reshape(len(pixels), -1), out.reshape(height, -1)
-    step = max(1, NORMALISED_AT_ONCE // (3 * width))
-    parts = [slice(top, top + step) for top in range(0, height, step)]
-    if len(pixels) == height:
-        for rows in parts:
-            _normalise(pixels[rows], mean, std, out[rows])
+    if len(pixels) < height:
+        for source, rows, weights in _products(len(pixels), height, 1):
+            np.trunc(np.matmul(weights.T, _levels(pixels[source]), out=out[rows]), out=out[rows])
+            _normalise(out[rows], mean, std, out[rows])
         return
-    above, weight = _added_rows(len(pixels), height)
-    scratch = np.empty((3, step + 2, 3 * width), np.float32)
-    for rows in parts:
-        _add_rows(pixels, above[rows], weight[rows], scratch, out[rows])
-        _normalise(out[rows], mean, std, out[rows])
+    step = max(1, NORMALISED_AT_ONCE // (3 * width))
+    for rows in (slice(top, top + step) for top in range(0, height, step)):
+        _normalise(pixels[rows], mean, std, out[rows])
 
 
-@lru_cache(maxsize=256)
-def _added_rows(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pillow's bilinear filter where it enlarges: between which source row and the next each row lies, [h], and the
-    weight of the latter, float32 [h, 1].
+def _add_columns(pixels: np.ndarray, out: np.ndarray) -> None:
+    """uint8 [H, 3 W] to uint8 [H, 3 w]."""
+    products = _products(pixels.shape[1] // 3, out.shape[1] // 3, 3)
+    step = max(1, MULTIPLIED_AT_ONCE // max(weights.size for *_, weights in products))
+    added = np.empty((min(step, len(out)), out.shape[1]), np.float32)
+    for rows in (slice(top, top + step) for top in range(0, len(out), step)):
+        levels = _levels(pixels[rows])
+        for source, columns, weights in products:
+            np.matmul(levels[:, source], weights, out=added[: len(levels), columns])
+        np.copyto(out[rows], added[: len(levels)], casting="unsafe")  # takes the integer part
+
+
+def _levels(pixels: np.ndarray) -> np.ndarray:
+    """As float32, 1/2 added."""
+    levels = pixels.astype(np.float32)
+    levels += np.float32(0.5)
+    return levels
+
+
+@lru_cache(maxsize=32)
+def _products(size_in: int, size_out: int, values: int) -> list[tuple[slice, slice, np.ndarray]]:
+    """Pillow's bilinear filter where it enlarges, as products of matrices, each of which gives a few positions along an
+    axis: of which values in, which values out, and weights, float32 [in, out]. A position has so many `values`.
+
+    What a product gives of levels + 1/2 has Pillow's level as integer part, in any order of its sums.
+    """
+    first, weight = _added(size_in, size_out)
+    products = []
+    for start in range(0, size_out, ADDED_AT_ONCE):
+        part = slice(start, min(start + ADDED_AT_ONCE, size_out))
+        source = slice(int(first[start]), min(int(first[part][-1]) + 2, size_in))
+        place, out = first[part] - source.start, np.arange(part.stop - part.start)
+        weights = np.zeros((source.stop - source.start, len(out)), np.float32)
+        weights[place, out] = 1 - weight[part]
+        weights[np.minimum(place + 1, len(weights) - 1), out] += weight[part]
+        rows, columns = (slice(values * side.start, values * side.stop) for side in (source, part))
+        products.append((rows, columns, np.kron(weights, np.eye(values, dtype=np.float32))))
+    return products
+
+
+def _added(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pillow's bilinear filter where it enlarges: between which source position and the next each position lies, and
+    the weight of the latter, float32; both [size_out].
 
     Pillow takes the integer part of a + (b - a) w + 1/2. There are 511 differences, so many a weight gives the same for
-    all of them: with the one in the middle no sum is so near to an integer that float32 could pass it. Where only one
-    weight does, as 1/2, its sums are exact.
+    all of them: with the one in the middle no sum is within 1/1100 of an integer, which float32 could not pass. Where
+    only one weight does, as 1/2, its sums are exact.
     """
     index, fixed = resample_taps(size_in, size_out)
     columns, first = np.arange(size_out), (fixed != 0).argmax(0)
     last = len(fixed) - 1 - (fixed[::-1] != 0).argmax(0)
-    weight = np.where(last > first, fixed[last, columns], 0).astype(np.int64)
-    differences = np.array([d for d in range(-255, 256) if d])[:, None]
-    rounded = (differences * weight + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS
-    bounds = np.stack([(rounded - 0.5) / differences, (rounded + 0.5) / differences])
-    weight = (bounds.min(0).max(0) + bounds.max(0).min(0)) / 2
-    return index[first, columns], weight[:, None].astype(np.float32)
-
-
-def _add_rows(pixels: np.ndarray, above: np.ndarray, weight: np.ndarray, scratch: np.ndarray, out: np.ndarray) -> None:
-    """Levels of rows that lie between those of `pixels` [H, values], float32 [n, values]."""
-    first = above[0]
-    sources, place = pixels[first : above[-1] + 2], above - first
-    levels, differences, term = scratch[0, : len(sources)], scratch[1, : len(sources)], scratch[2, : len(out)]
-    levels[:] = sources
-    np.subtract(levels[1:], levels[:-1], out=differences[:-1])
-    differences[-1] = 0
-    levels += np.float32(0.5)
-    np.take(levels, place, axis=0, out=out, mode="clip")  # any other mode copies `out` first
-    np.take(differences, place, axis=0, out=term, mode="clip")
-    term *= weight
-    out += term
-    np.trunc(out, out=out)
+    exact, place = np.unique(np.where(last > first, fixed[last, columns], 0).astype(np.int64), return_inverse=True)
+    differences = np.arange(1, 256)[:, None]
+    half = 1 << (WEIGHT_BITS - 1)
+    rounded = (differences * exact + half) >> WEIGHT_BITS
+    middle = (((rounded - 0.5) / differences).max(0) + ((rounded + 0.5) / differences).min(0)) / 2
+    ties = ((differences * exact + half) % (2 * half) == 0).any(0)
+    weight = np.where(ties, exact / (2 * half), middle)
+    return index[first, columns], weight[place].astype(np.float32)
 
 
 def resample_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:

@@ -204,7 +204,7 @@ def _candidates(masks: np.ndarray, rows: Cells, columns: Cells, levels: float) -
         np.maximum(upper, lower, out=down)
         np.maximum(down[:-1], down[1:], out=largest[:-1])
     bound -= 1
-    count, total, last, query = np.zeros((4, len(bound)), np.min_scalar_type(len(masks)))
+    count, total, last, query = np.zeros((4, len(bound)), np.uint8 if len(masks) < 256 else np.int32)
     flag = np.empty(len(bound), bool)
     for k, largest in enumerate(most):
         wins = np.greater_equal(largest, bound, out=flag).view(np.uint8)
@@ -277,9 +277,7 @@ class _Logits:
         place = rows.pixels.take(y, axis=1)[:, None] * won.shape[1] + columns.pixels.take(x, axis=1)
         won.reshape(-1)[place] = found
 
-    def _in_cells(
-        self, rows: Cells, columns: Cells, y: np.ndarray, x: np.ndarray, queries: np.ndarray
-    ) -> np.ndarray:
+    def _in_cells(self, rows: Cells, columns: Cells, y: np.ndarray, x: np.ndarray, queries: np.ndarray) -> np.ndarray:
         """Logits of queries [M,N] at the pixels of the cells (y, x), each [N]: [M,m,n,N], summed as `_planes` does."""
         _, height, width = self.masks.shape
         top, left = rows.interval[y] + rows.first, columns.interval[x] + columns.first

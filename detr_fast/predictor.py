@@ -210,7 +210,7 @@ class Predictor:
         if self._on_gpu:
             tensor = torch.from_numpy(np.array(picture)).pin_memory()
         else:
-            tensor = torch.from_numpy(np.array(resized_for_normalise(picture, width, height)))
+            tensor = torch.from_numpy(resized_for_normalise(picture, width, height))
         return PreparedImage(tensor, (height, width), target, picture)
 
     def stream(self, images: Iterable[ImageSource]) -> Iterator[PanopticResult]:

@@ -112,7 +112,8 @@ def test_run_lengths_and_pngs_are_what_pycocotools_and_pillow_have(ids: np.ndarr
 @settings(max_examples=200, deadline=None)
 def test_a_zlib_stream_of_sparse_bytes_is_zlibs(pixels: list[tuple[int, int, int]]) -> None:
     """Pixels, repeated, and cut off or with zeros after them."""
-    data = b"\x02" + b"".join((bytes([value, 0, 0]) * times + bytes(600))[: 3 * times - 2 + n] for value, times, n in pixels)
+    parts = [(bytes([value, 0, 0]) * times + bytes(600))[: 3 * times - 2 + zeros] for value, times, zeros in pixels]
+    data = b"".join([b"\x02", *parts])
     array = np.frombuffer(data, dtype=np.uint8)
     places = np.flatnonzero(array)
     assert zlib.decompress(zlib_stream(places, array[places], len(data))) == data

@@ -91,7 +91,7 @@ def test_image_to_tensor_is_to_tensor_and_normalize_to_the_last_bit():
 
 def assert_normalised_as_by_pillow(pixels, width, height):
     image, out = Image.fromarray(pixels), np.empty((height, width, 3), np.float32)
-    normalise(np.asarray(resized_for_normalise(image, width, height)), out)
+    normalise(resized_for_normalise(image, width, height), out)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     assert np.array_equal(out.transpose(2, 0, 1), image_to_array(resized, min(width, height), None))
 
@@ -105,15 +105,17 @@ def test_normalise_gives_the_same_in_another_order(size, rows):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 500), st.integers(0, 900))
-def test_added_rows_are_pillows_at_any_size(rows, added):
-    pixels = np.random.default_rng(rows).choice(np.array([0, 1, 2, 5, 250, 254, 255], np.uint8), (rows, 5, 3))
-    assert_normalised_as_by_pillow(pixels, 5, rows + added)
+def test_added_rows_and_columns_are_pillows_at_any_size(size, added):
+    pixels = np.random.default_rng(size).choice(np.array([0, 1, 2, 5, 250, 254, 255], np.uint8), (size, 5, 3))
+    assert_normalised_as_by_pillow(pixels, 5, size + added)
+    assert_normalised_as_by_pillow(pixels.transpose(1, 0, 2).copy(), size + added, 5)
 
 
-@pytest.mark.parametrize("height", [3, 5, 7, 64, 333])
-def test_added_rows_are_pillows_for_every_pair_of_levels(height):
+@pytest.mark.parametrize("size", [3, 5, 7, 64, 333])
+def test_added_rows_and_columns_are_pillows_for_every_pair_of_levels(size):
     pairs = np.indices((256, 258)).clip(max=255).astype(np.uint8).reshape(2, -1, 3)
-    assert_normalised_as_by_pillow(pairs, pairs.shape[1], height)
+    assert_normalised_as_by_pillow(pairs, pairs.shape[1], size)
+    assert_normalised_as_by_pillow(pairs.transpose(1, 0, 2).copy(), size, pairs.shape[1])
 
 
 def test_image_to_tensor_wants_rgb():

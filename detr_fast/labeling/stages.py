@@ -107,8 +107,8 @@ def decode(path: Path, reading: Reading, allocate: Callable[..., np.ndarray] = n
     target = (picture.height, picture.width)
     width, height = resized_size(*picture.size, reading.size, reading.max_size)
     if not reading.raw:
-        picture = resized_for_normalise(picture, width, height)
-    elif 3 * picture.width * picture.height > RESIDENT:
+        return Decoded(resized_for_normalise(picture, width, height, allocate), (height, width), target)
+    if 3 * picture.width * picture.height > RESIDENT:
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     pixels = allocate((picture.height, picture.width, 3), np.uint8)
     pixels[:] = np.asarray(picture)
