@@ -255,16 +255,21 @@ def _products(size_in: int, size_out: int, values: int) -> list[tuple[slice, sli
     What a product gives of levels + 1/2 has Pillow's level as integer part, in any order of its sums.
     """
     first, weight = _added(size_in, size_out)
+    starts = np.arange(0, size_out, ADDED_AT_ONCE)
+    product, out = np.divmod(np.arange(size_out), ADDED_AT_ONCE)
+    place = first - first[starts][product]
+    following = np.minimum(first + 1, size_in - 1) - first[starts][product]
+    weights = np.zeros((len(starts), following.max() + 1, values, ADDED_AT_ONCE, values), np.float32)
+    for value in range(values):
+        weights[product, place, value, out, value] = 1 - weight
+        weights[product, following, value, out, value] += weight
+    weights = weights.reshape(len(starts), -1, values * ADDED_AT_ONCE)
     products = []
-    for start in range(0, size_out, ADDED_AT_ONCE):
-        part = slice(start, min(start + ADDED_AT_ONCE, size_out))
-        source = slice(int(first[start]), min(int(first[part][-1]) + 2, size_in))
-        place, out = first[part] - source.start, np.arange(part.stop - part.start)
-        weights = np.zeros((source.stop - source.start, len(out)), np.float32)
-        weights[place, out] = 1 - weight[part]
-        weights[np.minimum(place + 1, len(weights) - 1), out] += weight[part]
-        rows, columns = (slice(values * side.start, values * side.stop) for side in (source, part))
-        products.append((rows, columns, np.kron(weights, np.eye(values, dtype=np.float32))))
+    for start, some in zip(starts.tolist(), weights, strict=True):
+        stop = min(start + ADDED_AT_ONCE, size_out)
+        source = slice(values * int(first[start]), values * min(int(first[stop - 1]) + 2, size_in))
+        part = slice(values * start, values * stop)
+        products.append((source, part, some[: source.stop - source.start, : part.stop - part.start]))
     return products
 
 
@@ -279,13 +284,16 @@ def _added(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
     index, fixed = resample_taps(size_in, size_out)
     columns, first = np.arange(size_out), (fixed != 0).argmax(0)
     last = len(fixed) - 1 - (fixed[::-1] != 0).argmax(0)
-    exact, place = np.unique(np.where(last > first, fixed[last, columns], 0).astype(np.int64), return_inverse=True)
-    differences = np.arange(1, 256)[:, None]
-    half = 1 << (WEIGHT_BITS - 1)
-    rounded = (differences * exact + half) >> WEIGHT_BITS
-    middle = (((rounded - 0.5) / differences).max(0) + ((rounded + 0.5) / differences).min(0)) / 2
-    ties = ((differences * exact + half) % (2 * half) == 0).any(0)
-    weight = np.where(ties, exact / (2 * half), middle)
+    exact, place = np.unique(np.where(last > first, fixed[last, columns], 0.0), return_inverse=True)
+    exact /= 1 << WEIGHT_BITS
+    differences = np.arange(1.0, 256)[:, None]
+    bound = differences * exact
+    bound += 0.5
+    np.floor(bound, out=bound)  # the level, which weights from (it - 1/2) / difference on give
+    bound -= 0.5
+    bound /= differences
+    middle = (bound.max(0) + (bound + 1 / differences).min(0)) / 2
+    weight = np.where(exact * 256 % 1 == 0, exact, middle)  # of a difference of at most 255, only these give a half
     return index[first, columns], weight[place].astype(np.float32)
 
 

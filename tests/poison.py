@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import PosixPath
+from typing import Any
+
+from detr_fast.segmentation import DETRsegm
 
 
 class Poison(PosixPath):
@@ -14,3 +17,12 @@ class Poison(PosixPath):
         if self.name == "poison.png":
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__fspath__()
+
+
+class DiesOverWhite(DETRsegm):
+    """A model whose process is killed by a white image."""
+
+    def forward(self, samples: Any, *arguments: Any, **options: Any) -> Any:
+        if (samples > 2).flatten(1).all(1).any():  # normalised
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(samples, *arguments, **options)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from PIL import Image
 from tqdm import tqdm
 
 from detr_fast.checkpoint import save_model
@@ -22,10 +23,11 @@ from detr_fast.labeling.manifest import Manifest
 from detr_fast.labeling.pipeline import label
 from detr_fast.labeling.stages import Reading, Writing
 from detr_fast.predictor import Predictor
-from poison import Poison
+from poison import DiesOverWhite, Poison
 from test_labeling import contents, make_strange_images, picture
 from tiny import tiny_detr
 
+KILLED = "its process ended twice (signal 9), perhaps for lack of memory"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -76,7 +78,22 @@ def test_an_image_that_kills_its_reader_fails_alone_and_a_full_disk_ends_the_run
     lines = {line["file"]: line for line in map(json.loads, (tmp_path / "manifest.jsonl").read_text().splitlines())}
     assert sorted(lines) == files
     failed = {file: line["error"] for file, line in lines.items() if "error" in line}
-    assert failed == {"poison.png": "its process ended twice (signal 9), perhaps for lack of memory"}
+    assert failed == {"poison.png": KILLED}
+
+
+def test_an_image_that_kills_the_model_fails_alone(running_ray: None, tmp_path: Path) -> None:
+    model = tiny_detr()
+    model.__class__ = DiesOverWhite
+    predictor = Predictor(model, device="cpu", threshold=0.2, max_size=160, batch_size=2)
+    (tmp_path / "in").mkdir()
+    for number in range(10):  # more than an actor is given at once
+        image = Image.new("RGB", (64, 48), "white") if number == 3 else picture(40, 30, number)
+        image.save(tmp_path / "in" / f"{number}.png")
+    summary = label(tmp_path / "in", tmp_path / "out", predictor, engine="ray")
+    assert (summary.labelled, summary.failed) == (9, 1)
+    assert summary.failures == [
+        {"file": "3.png", "error": "its process ended twice (signal 9), perhaps for lack of memory"}
+    ]
 
 
 # ---- the command ----

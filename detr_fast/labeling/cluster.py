@@ -10,11 +10,12 @@ number of them in its object store. Nothing here imports torch but the actors.
 
 from __future__ import annotations
 
-import io
 import pickle
+import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import cache, cached_property, partial, wraps
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from detr_fast.labeling.stages import Decoded, Reading, Writing
 from detr_fast.labeling.workers import SharedMemory, WorkerDied, WorkerPool, portable
 
 if TYPE_CHECKING:
-    from detr_fast.predictor import Predictor
+    from detr_fast.labeling.engines import Slot
 
 # What an actor takes without a GPU. It is not 0, for machines that have no CPU to give, and not 1, as reading takes, or
 # Ray Data would let the actor read, too.
@@ -43,7 +44,7 @@ class ClusterLabeler(Labeler):
     """Takes images from the disk through the model and back to it, on all machines of a Ray cluster.
 
     The model runs in an actor for each GPU of the cluster if the predictor's device is one, otherwise in one for each
-    machine. A model that takes its process along is started anew, for as long as other images get done.
+    machine.
     """
 
     def run(self, files: Sequence[str], hopeless: dict[str, str]) -> None:
@@ -87,7 +88,7 @@ class ClusterLabeler(Labeler):
                 batch_size=window,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=_actors(on_gpu)),
-                fn_constructor_kwargs=self._model(),
+                fn_constructor_kwargs=self._model(window, place),
                 num_cpus=0 if on_gpu else MODEL_CPUS,
                 num_gpus=1 if on_gpu else None,
             )
@@ -95,19 +96,21 @@ class ClusterLabeler(Labeler):
         )
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, window: int, slot_bytes: int) -> dict[str, Any]:
         """The arguments of `_Model`."""
         import torch
 
         from detr_fast.labeling import engines
 
-        copy = io.BytesIO()
-        torch.save(self._predictor.model, copy)
+        with engines.saved(self._predictor.model) as file:
+            model = ray.put(Path(file).read_bytes())
         return {
-            "model": ray.put(copy.getvalue()),
+            "model": model,
+            "slots": window,
+            "slot_bytes": slot_bytes,
             "device": self._predictor.device.type,
-            "threads": torch.get_num_threads(),
             "options": engines.options_of(self._predictor),
+            "threads": torch.get_num_threads(),  # of the local engine: the last bits of a score may depend on them
         }
 
     def _record(self, rows: Iterable[tuple[str, Any]]) -> int:
@@ -185,48 +188,77 @@ def _decode(images: Path, reading: Reading, slot_bytes: int, names: pa.Table) ->
 class _Model:
     """The model of a `Predictor`, for rows of (file, (ids, segments_info)).
 
+    It runs in a process beside the Ray worker that this is, as Ray would start a killed one anew, and repeat its task,
+    for ever. What kills that process twice are tried again alone, so that only the images fail that do it.
+
     Args:
         model: what torch saved, in Ray's object store.
+        slots, slot_bytes: memory for the images that are given at once.
         threads: of the local engine: the last bits of a score may depend on them.
     """
 
-    def __init__(self, model: ray.ObjectRef[bytes], device: str, threads: int, options: dict[str, Any]) -> None:
-        self._arguments = (model, device, threads, options)
+    def __init__(
+        self,
+        model: ray.ObjectRef[bytes],
+        slots: int,
+        slot_bytes: int,
+        device: str,
+        options: dict[str, Any],
+        threads: int,
+    ) -> None:
+        self._saved = model
+        self._memory = SharedMemory(slots, slot_bytes)
+        self._arguments = (device, options, threads)
+        self._batch_size = options["batch_size"]
 
     @cached_property
-    def _predictor(self) -> Predictor:
+    def _process(self) -> WorkerPool:
         """Made when a stage needs it, for what is raised to be the stage's error."""
-        import torch
-
         from detr_fast.labeling import engines
 
-        model, device, threads, options = self._arguments
-        torch.set_num_threads(threads)
-        return engines.restored(io.BytesIO(ray.get(model)), device, options)
+        self._file = tempfile.NamedTemporaryFile(suffix=".pt")  # noqa: SIM115, as long as processes start
+        self._file.write(ray.get(self._saved))
+        self._file.flush()
+        return engines.model_process(self._memory, self._file.name, *self._arguments)
 
     @_stage
     def __call__(self, decoded: pa.Table) -> Iterator[pa.Table]:
+        rows = list(_rows(decoded))
+        yield _table((file, value) for file, value in rows if isinstance(value, Exception))
         by_size: dict[tuple[int, int], list[tuple[str, Decoded]]] = {}
-        for file, value in _rows(decoded):
-            if isinstance(value, Exception):
-                yield _table([(file, value)])
-            else:
+        for file, value in rows:
+            if not isinstance(value, Exception):
                 by_size.setdefault(value.size, []).append((file, value))
-        size = self._predictor.batch_size
+        size = self._batch_size
         batches = [images[k : k + size] for images in by_size.values() for k in range(0, len(images), size)]
-        started = [self._start([image for _, image in batch]) for batch in batches]
-        for batch, wait in zip(batches, started, strict=True):
-            for (file, _), (ids, segments_info) in zip(batch, wait(), strict=True):
-                yield _table([(file, (ids.astype(np.min_scalar_type(int(ids.max()))), segments_info))])
+        try:
+            yield from self._find(batches)
+        except WorkerDied:
+            for image in chain.from_iterable(batches):
+                try:
+                    yield from self._find([[image]])
+                except WorkerDied as error:
+                    yield _table([(image[0], _Failure(str(error)))])
 
-    def _start(self, batch: list[Decoded]) -> Callable[[], list[Any]]:
-        import torch
+    def _find(self, batches: list[list[tuple[str, Decoded]]]) -> Iterator[pa.Table]:
+        from detr_fast.labeling.engines import find
 
-        from detr_fast.predictor import Pixels
+        images = list(chain.from_iterable(batches))
+        numbers = iter(range(len(images)))
+        slots = [[self._slot(next(numbers), image) for _, image in batch] for batch in batches]
+        found = chain.from_iterable(self._process.submit(find, slots).result())
+        for number, ((file, _), what) in enumerate(zip(images, found, strict=True)):
+            if what.error is not None:
+                yield _table([(file, _Failure(what.error))])
+            else:
+                yield _table([(file, (self._memory.array(number, what.shape, what.dtype), what.segments_info))])
+            self._memory.empty(number)
 
-        return self._predictor.start_segments(
-            [Pixels(torch.from_numpy(image.pixels), image.size, image.target) for image in batch]
-        )
+    def _slot(self, number: int, image: Decoded) -> Slot:
+        from detr_fast.labeling.engines import Slot
+
+        self._memory.array(number, image.pixels.shape, image.pixels.dtype)[:] = image.pixels
+        return Slot(number, image.pixels.shape, image.pixels.dtype.str, image.size, image.target)
 
 
 @_stage

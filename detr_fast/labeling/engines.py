@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -81,11 +81,6 @@ def options_of(predictor: Predictor) -> dict[str, Any]:
     return {name: getattr(predictor, name) for name in OPTIONS}
 
 
-def restored(file: str | IO[bytes], device: str, options: dict[str, Any]) -> Predictor:
-    """A `Predictor` of the model that another process saved for this one, which is why the file is trusted."""
-    return Predictor(torch.load(file, map_location="cpu", weights_only=False), device=device, **options)
-
-
 def slot_bytes(predictor: Predictor) -> int:
     """Of memory that is only taken when it is used: enough for what the model reads, and for the labels of the
     largest image."""
@@ -94,41 +89,57 @@ def slot_bytes(predictor: Predictor) -> int:
     return -(-max(pixels, labels) // 4096) * 4096
 
 
+@contextmanager
+def saved(model: torch.nn.Module) -> Iterator[str]:
+    """A file with a model, for `attach`."""
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        torch.save(model, file)
+        file.flush()
+        yield file.name
+
+
 class DevicesEngine:
     """The model of a `Predictor` in a process for each device."""
 
     def __init__(self, predictor: Predictor, memory: SharedMemory, devices: Sequence[str]) -> None:
         self.depth = 2 * len(devices)
         self._turn = 0
+        threads = max(1, torch.get_num_threads() // len(devices))
         with ExitStack() as stack:
-            copy = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".pt"))
-            torch.save(predictor.model, copy)
-            copy.flush()
-            shared = (memory.slots, memory.slot_bytes, memory.descriptor)
+            file = stack.enter_context(saved(predictor.model))
             self._pools = [
-                stack.enter_context(
-                    WorkerPool(1, (_attach, (shared, copy.name, device, options_of(predictor))), shared[2:])
-                )
+                stack.enter_context(model_process(memory, file, device, options_of(predictor), threads))
                 for device in devices
             ]
             self._stack = stack.pop_all()
 
     def start(self, batch: Sequence[Slot]) -> Callable[[], list[Found]]:
         self._turn = (self._turn + 1) % len(self._pools)
-        return self._pools[self._turn].submit(_find, list(batch)).result
+        found = self._pools[self._turn].submit(find, [list(batch)])
+        return lambda: found.result()[0]
 
     def close(self) -> None:
         self._stack.close()
 
 
+def model_process(memory: SharedMemory, file: str, device: str, options: dict[str, Any], threads: int) -> WorkerPool:
+    """One process that runs `find`, with the model that `saved` wrote and as many threads on a CPU."""
+    shared = (memory.slots, memory.slot_bytes, memory.descriptor)
+    return WorkerPool(1, (_attach, (shared, file, device, options, threads)), shared[2:])
+
+
 _engine: LocalEngine
 
 
-def _attach(shared: tuple[int, int, int], file: str, device: str, options: dict[str, Any]) -> None:
-    """What a device's process does first."""
+def _attach(shared: tuple[int, int, int], file: str, device: str, options: dict[str, Any], threads: int) -> None:
+    """What a model's process does first."""
     global _engine
-    _engine = LocalEngine(restored(file, device, options), SharedMemory(*shared))
+    torch.set_num_threads(threads)
+    # the file is trusted, as another process wrote it for this one
+    model = torch.load(file, map_location="cpu", weights_only=False)
+    _engine = LocalEngine(Predictor(model, device=device, **options), SharedMemory(*shared))
 
 
-def _find(batch: list[Slot]) -> list[Found]:
-    return _engine.start(batch)()
+def find(batches: list[list[Slot]]) -> list[list[Found]]:
+    """What is in batches of images, of which each has one size; the device need not wait between them."""
+    return [wait() for wait in [_engine.start(batch) for batch in batches]]
