@@ -47,7 +47,7 @@ def zlib_stream(places: np.ndarray, values: np.ndarray, size: int) -> bytes:
     """Compresses bytes.
 
     Args:
-        places: where they are not 0, int64 [N], rising from 0.
+        places: where they are not 0, int64 [N], rising; the first is 0.
         values: what they are there, uint8 [N].
         size: how many bytes there are.
     """
@@ -58,11 +58,14 @@ def zlib_stream(places: np.ndarray, values: np.ndarray, size: int) -> bytes:
 
 
 def _tokens(places: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-    """The codes after the header, int64. In the place of each byte that is not 0, and of equal ones a pixel apart:
+    """The codes after the header, int64. Equal bytes a pixel apart are taken together, and each of these, or of single
+    bytes, with the zeros up to the next becomes:
 
-    the byte, and zeros, to the end of its pixel if it is repeated, else one if one follows, to match with; a match with
-    the pixel before of what LONGEST leaves of their bytes, then those of LONGEST; and the same for the zeros that
-    follow.
+    1. the byte; zeros, to the end of its pixel if it is repeated, else one if one follows, for matches to begin with;
+       and if it is repeated, a match with the pixel before, of what LONGEST leaves of the repetitions' bytes
+    2. matches of LONGEST with the pixel before, as many as there are
+    3. zeros, what LONGEST leaves of the rest
+    4. LONGEST zeros, as many times as there are
     """
     codes = _codes()
     gaps = _steps(places, size)

@@ -15,7 +15,9 @@ from detr_fast.deflate import zlib_stream
 
 RGB, GREY = 2, 0  # PNG colour types
 UP = 2  # the PNG filter that stores each row as its difference to the one above
-SPARSE = 16  # where less than one pixel in so many differs from that above, `zlib_stream` is faster than zlib
+# `zlib_stream` is faster than zlib where less than one pixel in so many differs from that above (at 640 x 480).
+SPARSE = 16
+MANY = 1 << 20  # such pixels, as it takes some 200 bytes for each
 
 
 def panoptic_png(ids: np.ndarray) -> bytes:
@@ -36,8 +38,9 @@ def panoptic_png(ids: np.ndarray) -> bytes:
     if largest < 256:
         ids = ids.astype(np.uint8, copy=False)
         change = _differences([ids], 1)
-        where = np.flatnonzero(change != 0)
-        if SPARSE * len(where) < ids.size:
+        changed = np.count_nonzero(change)
+        if SPARSE * changed < ids.size and changed < MANY:
+            where = np.flatnonzero(change != 0)
             row, column = np.divmod(where, change.shape[1])
             places = 3 * where - 2 * (row + (column > 0))  # of its first byte, where only pixels have two more
             data = zlib_stream(places, change.ravel()[where], ids.shape[0] * (1 + 3 * ids.shape[1]))

@@ -17,8 +17,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 NORMALISED_AT_ONCE = 1 << 16  # values, 256 KiB of float32
-ADDED_AT_ONCE = 16  # rows or columns
-MULTIPLIED_AT_ONCE = 1 << 17  # products of numbers, which OpenBLAS leaves to one thread
+# Of one product of matrices, so that OpenBLAS leaves it to one thread, and what it works on stays in the cache.
+ROWS_ADDED = 8
+COLUMNS_ADDED = 16
+MULTIPLICATIONS = 1 << 17
 
 # Pillow resizes 8-bit images in fixed point, with weights in units of 2**-22: 255 times their sum fits int32.
 WEIGHT_BITS = 22
@@ -219,7 +221,7 @@ def normalise(pixels: np.ndarray, out: np.ndarray) -> None:
     mean, std = (np.tile(np.array(values, np.float32), width) for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels, out = pixels.reshape(len(pixels), -1), out.reshape(height, -1)
     if len(pixels) < height:
-        for source, rows, weights in _products(len(pixels), height, 1):
+        for source, rows, weights in _products(len(pixels), height, ROWS_ADDED, 1):
             np.trunc(np.matmul(weights.T, _levels(pixels[source]), out=out[rows]), out=out[rows])
             _normalise(out[rows], mean, std, out[rows])
         return
@@ -230,8 +232,8 @@ def normalise(pixels: np.ndarray, out: np.ndarray) -> None:
 
 def _add_columns(pixels: np.ndarray, out: np.ndarray) -> None:
     """uint8 [H, 3 W] to uint8 [H, 3 w]."""
-    products = _products(pixels.shape[1] // 3, out.shape[1] // 3, 3)
-    step = max(1, MULTIPLIED_AT_ONCE // max(weights.size for *_, weights in products))
+    products = _products(pixels.shape[1] // 3, out.shape[1] // 3, COLUMNS_ADDED, 3)
+    step = max(1, MULTIPLICATIONS // max(weights.size for *_, weights in products))
     added = np.empty((min(step, len(out)), out.shape[1]), np.float32)
     for rows in (slice(top, top + step) for top in range(0, len(out), step)):
         levels = _levels(pixels[rows])
@@ -248,31 +250,32 @@ def _levels(pixels: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=32)
-def _products(size_in: int, size_out: int, values: int) -> list[tuple[slice, slice, np.ndarray]]:
-    """Pillow's bilinear filter where it enlarges, as products of matrices, each of which gives a few positions along an
-    axis: of which values in, which values out, and weights, float32 [in, out]. A position has so many `values`.
+def _products(size_in: int, size_out: int, at_once: int, values: int) -> list[tuple[slice, slice, np.ndarray]]:
+    """Pillow's bilinear filter where it enlarges, as products of matrices, of which each gives `at_once` positions of
+    an axis: of which values in, which values out, and weights, float32 [in, out]. A position has so many `values`.
 
     What a product gives of levels + 1/2 has Pillow's level as integer part, in any order of its sums.
     """
     first, weight = _added(size_in, size_out)
-    starts = np.arange(0, size_out, ADDED_AT_ONCE)
-    product, out = np.divmod(np.arange(size_out), ADDED_AT_ONCE)
+    starts = np.arange(0, size_out, at_once)
+    product, out = np.divmod(np.arange(size_out), at_once)
     place = first - first[starts][product]
     following = np.minimum(first + 1, size_in - 1) - first[starts][product]
-    weights = np.zeros((len(starts), following.max() + 1, values, ADDED_AT_ONCE, values), np.float32)
+    weights = np.zeros((len(starts), following.max() + 1, values, at_once, values), np.float32)
     for value in range(values):
         weights[product, place, value, out, value] = 1 - weight
         weights[product, following, value, out, value] += weight
-    weights = weights.reshape(len(starts), -1, values * ADDED_AT_ONCE)
+    weights = weights.reshape(len(starts), -1, values * at_once)
     products = []
     for start, some in zip(starts.tolist(), weights, strict=True):
-        stop = min(start + ADDED_AT_ONCE, size_out)
+        stop = min(start + at_once, size_out)
         source = slice(values * int(first[start]), values * min(int(first[stop - 1]) + 2, size_in))
         part = slice(values * start, values * stop)
         products.append((source, part, some[: source.stop - source.start, : part.stop - part.start]))
     return products
 
 
+@lru_cache(maxsize=256)
 def _added(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
     """Pillow's bilinear filter where it enlarges: between which source position and the next each position lies, and
     the weight of the latter, float32; both [size_out].
@@ -287,13 +290,10 @@ def _added(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
     exact, place = np.unique(np.where(last > first, fixed[last, columns], 0.0), return_inverse=True)
     exact /= 1 << WEIGHT_BITS
     differences = np.arange(1.0, 256)[:, None]
-    bound = differences * exact
-    bound += 0.5
-    np.floor(bound, out=bound)  # the level, which weights from (it - 1/2) / difference on give
-    bound -= 0.5
-    bound /= differences
-    middle = (bound.max(0) + (bound + 1 / differences).min(0)) / 2
-    weight = np.where(exact * 256 % 1 == 0, exact, middle)  # of a difference of at most 255, only these give a half
+    added = np.floor(differences * exact + 0.5)
+    least, most = ((added - 0.5) / differences).max(0), ((added + 0.5) / differences).min(0)
+    halves = exact * 256 % 1 == 0  # what a difference of up to 255 gives may be a level and a half
+    weight = np.where(halves, exact, (least + most) / 2)
     return index[first, columns], weight[place].astype(np.float32)
 
 

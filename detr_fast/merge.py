@@ -110,7 +110,7 @@ def _cells(taps: Taps) -> Cells | None:
     if not filled.all():
         return None
     start = filled.cumsum(0) - filled
-    pixels = start + torch.minimum(torch.arange(int(filled.max()))[:, None], filled - 1)
+    pixels = start + torch.minimum(torch.arange(int(filled.max()), device=of.device)[:, None], filled - 1)
     low_weight = torch.where(after, 0, taps.low_weight)[pixels]
     high_weight = torch.where(after, taps.low_weight, taps.high_weight)[pixels]
     return Cells(first, intervals, *(x.numpy() for x in (of, of[start], pixels, low_weight, high_weight)))
@@ -136,7 +136,8 @@ def argmax_of_planes(planes: Iterable[Tensor], count: int) -> Tensor:
     """
     iterator = iter(planes)
     best = next(iterator).clone()
-    index, wins = torch.zeros_like(best), torch.empty_like(best)
+    exact = torch.promote_types(best.dtype, torch.float32)  # to all of them; 16 bits are not
+    index, wins = torch.zeros_like(best, dtype=exact), torch.empty_like(best, dtype=exact)
     for k, plane in enumerate(iterator, start=1):
         # k only grows, so a maximum writes it; in floats, exact here, a CPU is 7 times faster than in bool and uint8
         torch.maximum(index, torch.gt(plane, best, out=wins).mul_(k), out=index)
@@ -163,7 +164,8 @@ class Candidates(NamedTuple):
 
     Attributes:
         number: how many.
-        first, last: of them, if they are at most two.
+        first: of them, where they are two.
+        last: of them.
         largest: tap of each query, int16 [K,C].
         bound: the least that it must be.
     """
@@ -187,24 +189,24 @@ class Candidates(NamedTuple):
         return queries
 
 
-def _candidates(masks: np.ndarray, rows: Cells, columns: Cells, levels: float) -> Candidates:
+def _candidates(masks: Iterable[np.ndarray], number: int, rows: Cells, columns: Cells, levels: float) -> Candidates:
     """In int16 and along one line, which wraps from row to row, and by NumPy, as torch takes twice as long for views
     that are not aligned: a plane of 200 x 267 takes 0.06 ms."""
     height, width = rows.intervals, columns.intervals + 1
-    taps = masks[:, rows.first : rows.first + height + 1, columns.first : columns.first + width]
-    scaled, level = np.empty(taps.shape[1:], taps.dtype), np.empty(taps.shape[1:], np.int16)
+    taps = np.s_[rows.first : rows.first + height + 1, columns.first : columns.first + width]
+    level = np.empty((height + 1, width), np.int16)
     upper, lower = level[:-1].ravel(), level[1:].ravel()
     down, across = np.empty_like(upper), np.empty_like(upper)
     bound = np.full_like(upper, -LEVELS)
-    most = np.zeros((len(masks), len(bound)), np.int16)
-    for mask, largest in zip(taps, most, strict=True):
-        np.copyto(level, np.multiply(mask, taps.dtype.type(levels), out=scaled), casting="unsafe")
+    most = np.zeros((number, len(bound)), np.int16)
+    for mask, largest in zip(masks, most, strict=True):
+        level[:] = mask[taps] * mask.dtype.type(levels)
         np.minimum(upper, lower, out=down)
         np.maximum(bound[:-1], np.minimum(down[:-1], down[1:], out=across[:-1]), out=bound[:-1])
         np.maximum(upper, lower, out=down)
         np.maximum(down[:-1], down[1:], out=largest[:-1])
     bound -= 1
-    count, total, last, query = np.zeros((4, len(bound)), np.uint8 if len(masks) < 256 else np.int32)
+    count, total, last, query = np.zeros((4, len(bound)), np.uint8 if number < 256 else np.int32)
     flag = np.empty(len(bound), bool)
     for k, largest in enumerate(most):
         wins = np.greater_equal(largest, bound, out=flag).view(np.uint8)
@@ -239,15 +241,17 @@ class _Logits:
         return torch.cat(blocks)
 
     def _winners_of_cells(self, label: np.ndarray) -> Tensor | None:
-        """Its label, from the few logits that leave a doubt; None where there are many, or few pixels to a cell."""
+        """The same from the few logits that leave a doubt; None where there are many, or few pixels to a cell."""
         rows, columns, count = self.row_cells, self.column_cells, len(self.masks)
         if rows is None or columns is None or len(rows.of) * len(columns.of) < 2 * rows.intervals * columns.intervals:
             return None
-        masks = self.masks.detach().to(self.dtype).numpy()
-        largest, numbers = max(-float(masks.min()), float(masks.max())), torch.finfo(self.dtype)
+        masks = self.masks.detach()
+        lowest, highest = (float(limit) for limit in masks.aminmax())
+        largest, numbers = max(-lowest, highest), torch.finfo(self.dtype)
         if not numbers.tiny / numbers.eps < largest < math.inf:  # nor is NaN: sums of such taps may be NaN
             return None
-        found = _candidates(masks, rows, columns, LEVELS / largest)
+        planes = (mask.to(self.dtype).numpy() for mask in masks)
+        found = _candidates(planes, count, rows, columns, LEVELS / largest)
         number = found.number.reshape(rows.intervals, -1).take(columns.interval, axis=1).take(rows.interval, axis=0)
         pairs, crowds = np.flatnonzero(number == 2), np.flatnonzero(number > 2)
         if SCATTERED * (2 * len(pairs) + int(number.max()) * len(crowds)) > count * number.size:

@@ -219,17 +219,16 @@ def binary_masks(
         target_size: (height, width) of the masks.
         threshold: least probability of a pixel in a mask, exclusive.
     """
-    rows, columns = (_nearest(*sides, logits.device) for sides in zip(processed_size, target_size, strict=True))
+    height, width = processed_size
     largest = max(math.prod(padded_size), math.prod(target_size))
+    shrinks = math.prod(target_size) < height * width  # then fewer pixels are left to judge
     for chunk in logits.split(max(1, MASK_CHUNK // largest)):
-        large = F.interpolate(chunk[None], size=padded_size, mode="bilinear", align_corners=False)[0]
-        yield (large.sigmoid() > threshold)[:, rows[:, None], columns].byte()
-
-
-def _nearest(size_in: int, size_out: int, device: torch.device) -> Tensor:
-    """The source index of each pixel under torch's "nearest" resize, read off what it does to the indices."""
-    index = torch.arange(size_in, dtype=torch.float32, device=device)
-    return F.interpolate(index[None, None], size=size_out, mode="nearest")[0, 0].long()
+        large = F.interpolate(chunk[None], size=padded_size, mode="bilinear", align_corners=False)
+        large = large[:, :, :height, :width]
+        if shrinks:
+            yield (F.interpolate(large, size=target_size, mode="nearest").sigmoid() > threshold)[0].byte()
+        else:
+            yield F.interpolate((large.sigmoid() > threshold).byte(), size=target_size, mode="nearest")[0]
 
 
 class PostProcessSegm(nn.Module):

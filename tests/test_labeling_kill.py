@@ -14,10 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from detr_fast.checkpoint import save_model
+from detr_fast.labeling.engines import Found, LocalEngine, Slot, find, model_process, options_of, saved
 from detr_fast.labeling.workers import SharedMemory, WorkerDied, WorkerPool
+from detr_fast.predictor import Predictor
+from poison import DiesOnce
 from tiny import tiny_detr
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +165,28 @@ def test_a_task_is_tried_twice_and_others_go_on() -> None:
             pool.submit(os.stat, "no such file").result(60)
         pids = pool.pids()
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_model_that_dies_between_batches_reads_the_same_pixels_again(tmp_path: Path) -> None:
+    model = tiny_detr()
+    model.__class__, model.mark = DiesOnce, str(tmp_path / "died")
+    predictor = Predictor(model, device="cpu", threshold=0.2, size=48, max_size=64)
+    memory = SharedMemory(3, 1 << 20)
+    shape, generator = (48, 64, 3), np.random.default_rng(0)
+    slots = [Slot(number, shape, "|u1", shape[:2], (30, 40)) for number in range(3)]
+    for slot in slots:
+        memory.array(slot.number, shape, np.uint8)[:] = generator.integers(0, 256, shape)
+
+    def ids(found: list[Found]) -> list[np.ndarray]:
+        return [memory.array(k, a.shape, a.dtype, a.offset).copy() for k, a in enumerate(found)]
+
+    with model_process(memory, saved(model), "cpu", options_of(predictor), torch.get_num_threads()) as pool:
+        twice = [found for batch in pool.submit(find, [[slot] for slot in slots]).result() for found in batch]
+        found = ids(twice)
+    assert (tmp_path / "died").exists()
+    once = [LocalEngine(predictor, memory).start([slot])()[0] for slot in slots]
+    assert twice == once and len(twice[0].segments_info) > 1
+    assert all(map(np.array_equal, found, ids(once)))
 
 
 def test_workers_that_cannot_start_are_an_error(capfd: pytest.CaptureFixture[str]) -> None:

@@ -374,10 +374,11 @@ def test_bilinear_taps_are_torchs(size_in: int, size_out: int) -> None:
     torch.testing.assert_close(column[low] * low_weight + column[high] * high_weight, expected)
 
 
-def test_argmax_of_many_planes_takes_the_lower_of_equals() -> None:
-    planes = torch.from_numpy(np.random.RandomState(0).randint(0, 300, (400, 9, 11)).astype(np.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_of_many_planes_takes_the_lower_of_equals(dtype: torch.dtype) -> None:
+    planes = torch.from_numpy(np.random.RandomState(0).randint(0, 250, (400, 9, 11))).to(dtype)
     index = merge.argmax_of_planes(planes, len(planes))
-    np.testing.assert_array_equal(index.numpy(), planes.numpy().argmax(0))
+    np.testing.assert_array_equal(index.numpy(), planes.float().numpy().argmax(0))
 
 
 @settings(max_examples=100, deadline=None)

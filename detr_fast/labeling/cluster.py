@@ -5,15 +5,14 @@
 
 Every machine reads the folder of images and writes the output folder under the same paths. What goes from stage to
 stage are Arrow tables with one row an image: its name and what the last stage made of it, pickled. Ray holds a bounded
-number of them in its object store. Nothing here imports torch but the actors.
+number of them in its object store. Tasks do not import torch.
 """
 
 from __future__ import annotations
 
 import pickle
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import cache, cached_property, partial, wraps
 from itertools import chain
 from pathlib import Path
@@ -102,10 +101,8 @@ class ClusterLabeler(Labeler):
 
         from detr_fast.labeling import engines
 
-        with engines.saved(self._predictor.model) as file:
-            model = ray.put(Path(file).read_bytes())
         return {
-            "model": model,
+            "model": ray.put(engines.saved(self._predictor.model)),
             "slots": window,
             "slot_bytes": slot_bytes,
             "device": self._predictor.device.type,
@@ -192,9 +189,9 @@ class _Model:
     for ever. What kills that process twice are tried again alone, so that only the images fail that do it.
 
     Args:
-        model: what torch saved, in Ray's object store.
+        model: what `engines.saved` gave, in Ray's object store.
         slots, slot_bytes: memory for the images that are given at once.
-        threads: of the local engine: the last bits of a score may depend on them.
+        device, options, threads: as `engines.model_process` has them.
     """
 
     def __init__(
@@ -206,20 +203,19 @@ class _Model:
         options: dict[str, Any],
         threads: int,
     ) -> None:
-        self._saved = model
+        self._model = model
         self._memory = SharedMemory(slots, slot_bytes)
         self._arguments = (device, options, threads)
         self._batch_size = options["batch_size"]
+        self._stack = ExitStack()  # which ends with this process
 
     @cached_property
     def _process(self) -> WorkerPool:
         """Made when a stage needs it, for what is raised to be the stage's error."""
         from detr_fast.labeling import engines
 
-        self._file = tempfile.NamedTemporaryFile(suffix=".pt")  # noqa: SIM115, as long as processes start
-        self._file.write(ray.get(self._saved))
-        self._file.flush()
-        return engines.model_process(self._memory, self._file.name, *self._arguments)
+        process = engines.model_process(self._memory, ray.get(self._model), *self._arguments)
+        return self._stack.enter_context(process)
 
     @_stage
     def __call__(self, decoded: pa.Table) -> Iterator[pa.Table]:
@@ -251,7 +247,8 @@ class _Model:
             if what.error is not None:
                 yield _table([(file, _Failure(what.error))])
             else:
-                yield _table([(file, (self._memory.array(number, what.shape, what.dtype), what.segments_info))])
+                ids = self._memory.array(number, what.shape, what.dtype, what.offset)
+                yield _table([(file, (ids, what.segments_info))])
             self._memory.empty(number)
 
     def _slot(self, number: int, image: Decoded) -> Slot:
@@ -307,7 +304,7 @@ class _Worker:
             self._memory.array(0, ids.shape, ids.dtype)[:] = ids
         except ValueError as error:
             return _Failure(str(error)), []
-        arguments = (0, ids.shape, ids.dtype.str, file, segments_info, writing)
+        arguments = (0, ids.shape, ids.dtype.str, 0, file, segments_info, writing)
         try:
             return self._pool.submit(stages.encode_from, *arguments).result()
         except (WorkerDied, OSError) as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import io
+import mmap
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 
 from detr_fast.labeling.stages import MAX_PIXELS
-from detr_fast.labeling.workers import SharedMemory, WorkerPool
+from detr_fast.labeling.workers import RESIDENT, SharedMemory, WorkerPool, anonymous_file
 from detr_fast.predictor import Pixels, Predictor
 
 OPTIONS = ("dtype", "threshold", "mode", "batch_size", "class_thresholds", "size", "max_size")
@@ -28,13 +30,20 @@ class Slot:
     size: tuple[int, int]
     target: tuple[int, int]
 
+    @property
+    def end(self) -> int:
+        """The byte of the slot at which other things may begin."""
+        return -(-int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize // 64) * 64
+
 
 @dataclass(frozen=True)
 class Found:
-    """The ids of an image, which have taken the place of its pixels in the slot, and `segments_info`; or why not."""
+    """The ids of an image, which lie behind its pixels in the slot, as these are needed again if the process dies, and
+    `segments_info`; or why there are none."""
 
     shape: tuple[int, int]
     dtype: str
+    offset: int
     segments_info: list[dict[str, Any]]
     error: str | None = None
 
@@ -70,10 +79,10 @@ class LocalEngine:
         assert ids is not None  # the model is panoptic
         dtype = np.min_scalar_type(int(ids.max()))
         try:
-            self._memory.array(slot.number, slot.target, dtype)[:] = ids
+            self._memory.array(slot.number, slot.target, dtype, slot.end)[:] = ids
         except ValueError as error:
-            return Found(slot.target, dtype.str, [], str(error))
-        return Found(slot.target, dtype.str, segments_info)
+            return Found(slot.target, dtype.str, slot.end, [], str(error))
+        return Found(slot.target, dtype.str, slot.end, segments_info)
 
 
 def options_of(predictor: Predictor) -> dict[str, Any]:
@@ -82,20 +91,18 @@ def options_of(predictor: Predictor) -> dict[str, Any]:
 
 
 def slot_bytes(predictor: Predictor) -> int:
-    """Of memory that is only taken when it is used: enough for what the model reads, and for the labels of the
-    largest image."""
-    pixels = 3 * predictor.size * (predictor.max_size + predictor.size)
+    """Of memory that is only taken when it is used: enough for what the model reads, or a GPU resizes, and for the
+    labels of the largest image."""
+    pixels = max(3 * predictor.size * (predictor.max_size + predictor.size), RESIDENT)
     labels = MAX_PIXELS * (1 if predictor.model.config.num_queries < 256 else 2)
-    return -(-max(pixels, labels) // 4096) * 4096
+    return (pixels + labels) // 4096 * 4096 + 4096
 
 
-@contextmanager
-def saved(model: torch.nn.Module) -> Iterator[str]:
-    """A file with a model, for `attach`."""
-    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-        torch.save(model, file)
-        file.flush()
-        yield file.name
+def saved(model: torch.nn.Module) -> bytes:
+    """A model, for `model_process`."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    return file.getvalue()
 
 
 class DevicesEngine:
@@ -106,10 +113,9 @@ class DevicesEngine:
         self._turn = 0
         threads = max(1, torch.get_num_threads() // len(devices))
         with ExitStack() as stack:
-            file = stack.enter_context(saved(predictor.model))
+            model, options = saved(predictor.model), options_of(predictor)
             self._pools = [
-                stack.enter_context(model_process(memory, file, device, options_of(predictor), threads))
-                for device in devices
+                stack.enter_context(model_process(memory, model, device, options, threads)) for device in devices
             ]
             self._stack = stack.pop_all()
 
@@ -122,24 +128,39 @@ class DevicesEngine:
         self._stack.close()
 
 
-def model_process(memory: SharedMemory, file: str, device: str, options: dict[str, Any], threads: int) -> WorkerPool:
-    """One process that runs `find`, with the model that `saved` wrote and as many threads on a CPU."""
-    shared = (memory.slots, memory.slot_bytes, memory.descriptor)
-    return WorkerPool(1, (_attach, (shared, file, device, options, threads)), shared[2:])
+@contextmanager
+def model_process(
+    memory: SharedMemory, model: bytes, device: str, options: dict[str, Any], threads: int
+) -> Iterator[WorkerPool]:
+    """One process that runs `find`, with what `saved` gave, the options of `options_of`, and `threads` on a CPU."""
+    descriptor = anonymous_file()  # and not a file, which would be left where processes are killed
+    with open(descriptor, "wb") as file:
+        file.write(model)
+        file.flush()
+        shared = (memory.slots, memory.slot_bytes, memory.descriptor)
+        setup = (_attach, (shared, descriptor, device, options, threads))
+        with WorkerPool(1, setup, (memory.descriptor, descriptor)) as pool:
+            yield pool
 
 
 _engine: LocalEngine
 
 
-def _attach(shared: tuple[int, int, int], file: str, device: str, options: dict[str, Any], threads: int) -> None:
+def _attach(shared: tuple[int, int, int], descriptor: int, device: str, options: dict[str, Any], threads: int) -> None:
     """What a model's process does first."""
     global _engine
     torch.set_num_threads(threads)
-    # the file is trusted, as another process wrote it for this one
-    model = torch.load(file, map_location="cpu", weights_only=False)
+    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as file:  # a file's position would be shared
+        # trusted, as another process wrote it for this one
+        model = torch.load(io.BytesIO(file), map_location="cpu", weights_only=False)
     _engine = LocalEngine(Predictor(model, device=device, **options), SharedMemory(*shared))
 
 
 def find(batches: list[list[Slot]]) -> list[list[Found]]:
     """What is in batches of images, of which each has one size; the device need not wait between them."""
-    return [wait() for wait in [_engine.start(batch) for batch in batches]]
+    found, started = [], deque[Callable[[], list[Found]]]()
+    for batch in batches:
+        started.append(_engine.start(batch))
+        if len(started) >= _engine.depth:
+            found.append(started.popleft()())
+    return found + [wait() for wait in started]

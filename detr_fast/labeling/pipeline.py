@@ -419,15 +419,16 @@ class _Labeler(Labeler):
         except Interrupted:
             return
         except WorkerDied as error:
-            results = [Found((0, 0), "", [], str(error))] * len(batch)
+            results = [Found((0, 0), "", 0, [], str(error))] * len(batch)
         for image, found in zip(batch, results, strict=True):
             if found.error is not None:
                 self._release(image.slot.number)
                 self._fail(image.file, found.error)
                 continue
-            arguments = (image.slot.number, found.shape, found.dtype, image.file, found.segments_info, self._writing)
+            place = (image.slot.number, found.shape, found.dtype, found.offset)
+            encoding = self._pool.submit(stages.encode_from, *place, image.file, found.segments_info, self._writing)
             self._encoding += 1
-            self._pool.submit(stages.encode_from, *arguments).add_done_callback(partial(self._written, image))
+            encoding.add_done_callback(partial(self._written, image))
 
     def _written(self, image: _Image, future: Future[Any]) -> None:
         """Called in the pool's thread, so that a slot is free before this one has time."""

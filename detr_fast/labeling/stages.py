@@ -194,8 +194,14 @@ def decode_into(
 
 
 def encode_from(
-    slot: int, shape: tuple[int, int], dtype: str, file: str, segments_info: list[dict[str, Any]], writing: Writing
+    slot: int,
+    shape: tuple[int, int],
+    dtype: str,
+    offset: int,
+    file: str,
+    segments_info: list[dict[str, Any]],
+    writing: Writing,
 ) -> tuple[dict[str, Any], list[Path]]:
     """`encode` of the ids in a slot, and `Encoded.write`; gives the record and what was written."""
-    encoded = encode(file, _memory.array(slot, shape, dtype), segments_info, writing)
+    encoded = encode(file, _memory.array(slot, shape, dtype, offset), segments_info, writing)
     return encoded.record, encoded.write(writing.out)

@@ -68,21 +68,21 @@ class SharedMemory:
     def __init__(self, slots: int, slot_bytes: int, descriptor: int | None = None) -> None:
         self.slots = slots
         self.slot_bytes = slot_bytes
-        self.descriptor = _anonymous_file() if descriptor is None else descriptor
+        self.descriptor = anonymous_file() if descriptor is None else descriptor
         if descriptor is None:
             os.ftruncate(self.descriptor, slots * slot_bytes)
         self._map = mmap.mmap(self.descriptor, slots * slot_bytes)
 
-    def array(self, slot: int, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-        """The beginning of a slot as an array.
+    def array(self, slot: int, shape: tuple[int, ...], dtype: DTypeLike, offset: int = 0) -> np.ndarray:
+        """A slot from its byte `offset` on as an array.
 
         Raises:
             ValueError: it is too small for one of that shape.
         """
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        if size > self.slot_bytes:
-            raise ValueError(f"{size} bytes are needed, more than the {self.slot_bytes} that an image may take")
-        return np.ndarray(shape, dtype, buffer=self._map, offset=slot * self.slot_bytes)
+        size, left = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, self.slot_bytes - offset
+        if size > left:
+            raise ValueError(f"{size} bytes are needed, more than the {left} that an image may take")
+        return np.ndarray(shape, dtype, buffer=self._map, offset=slot * self.slot_bytes + offset)
 
     def empty(self, slot: int) -> None:
         """Gives back what an unusually large image took."""
@@ -90,7 +90,9 @@ class SharedMemory:
             self._map.madvise(mmap.MADV_REMOVE, slot * self.slot_bytes + RESIDENT, self.slot_bytes - RESIDENT)
 
 
-def _anonymous_file() -> int:
+def anonymous_file() -> int:
+    """A descriptor of memory, or of a file where there is no such memory, that is gone with the last process that has
+    it open."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("detr_fast")
     with tempfile.TemporaryFile() as file:
