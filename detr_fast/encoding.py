@@ -38,9 +38,9 @@ def panoptic_png(ids: np.ndarray) -> bytes:
     if largest < 256:
         ids = ids.astype(np.uint8, copy=False)
         change = _differences([ids], 1)
-        changed = np.count_nonzero(change)
-        if SPARSE * changed < ids.size and changed < MANY:
-            where = np.flatnonzero(change != 0)
+        changed = change != 0
+        if np.count_nonzero(changed) < min(ids.size / SPARSE, MANY):
+            where = np.flatnonzero(changed)
             row, column = np.divmod(where, change.shape[1])
             places = 3 * where - 2 * (row + (column > 0))  # of its first byte, where only pixels have two more
             data = zlib_stream(places, change.ravel()[where], ids.shape[0] * (1 + 3 * ids.shape[1]))

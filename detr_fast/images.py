@@ -198,14 +198,18 @@ def resized_for_normalise(
     Returns:
         uint8 [at most height, width, 3].
     """
-    added = width > picture.width and height >= picture.height
-    if not added:
+    if width <= picture.width or height < picture.height:
         picture = picture.resize((width, min(height, picture.height)), Image.Resampling.BILINEAR)
+        return pixels_of(picture, allocate)
     out = allocate((picture.height, width, 3), np.uint8)
-    if added:
-        _add_columns(np.asarray(picture).reshape(picture.height, -1), out.reshape(picture.height, -1))
-    else:
-        out[:] = np.asarray(picture)
+    _add_columns(np.asarray(picture).reshape(picture.height, -1), out.reshape(picture.height, -1))
+    return out
+
+
+def pixels_of(picture: Image.Image, allocate: Callable[..., np.ndarray] = np.empty) -> np.ndarray:
+    """An RGB picture as uint8 [H, W, 3], in memory of its own that `allocate` makes from shape and dtype."""
+    out = allocate((picture.height, picture.width, 3), np.uint8)
+    out[:] = np.asarray(picture)
     return out
 
 

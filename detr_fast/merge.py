@@ -96,6 +96,11 @@ class Cells(NamedTuple):
     low_weight: np.ndarray
     high_weight: np.ndarray
 
+    def weights(self, cells: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`low_weight` and `high_weight` of N cells, [m,N]."""
+        low, high = (weight.take(cells, axis=1) for weight in (self.low_weight, self.high_weight))
+        return torch.from_numpy(low), torch.from_numpy(high)
+
 
 def _cells(taps: Taps) -> Cells | None:
     """None if there are none, or some have no pixel."""
@@ -286,8 +291,8 @@ class _Logits:
         _, height, width = self.masks.shape
         top, left = rows.interval[y] + rows.first, columns.interval[x] + columns.first
         corner = torch.from_numpy((queries * height + top) * width + left)
-        left_weight, right_weight = (torch.from_numpy(weight.take(x, axis=1)) for weight in columns[5:])
-        upper_weight, lower_weight = (torch.from_numpy(weight.take(y, axis=1))[:, None] for weight in rows[5:])
+        left_weight, right_weight = columns.weights(x)
+        upper_weight, lower_weight = (weight[:, None] for weight in rows.weights(y))
 
         def across(left: Tensor) -> Tensor:
             row = self.masks.take(left).to(self.dtype)[:, None] * left_weight

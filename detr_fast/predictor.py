@@ -21,7 +21,7 @@ from detr_fast.data.categories import categories_for
 from detr_fast.detr import DETR
 from detr_fast.encoding import panoptic_png
 from detr_fast.graphs import Graphs, Recorder
-from detr_fast.images import normalise, resized_for_normalise
+from detr_fast.images import normalise, pixels_of, resized_for_normalise
 from detr_fast.postprocess import (
     panoptic_merge,
     post_process_panoptic_segmentation,
@@ -208,7 +208,7 @@ class Predictor:
         target = (picture.height, picture.width)
         width, height = resized_size(*picture.size, self.size, self.max_size)
         if self._on_gpu:
-            tensor = torch.from_numpy(np.array(picture)).pin_memory()
+            tensor = torch.from_numpy(pixels_of(picture)).pin_memory()
         else:
             tensor = torch.from_numpy(resized_for_normalise(picture, width, height))
         return PreparedImage(tensor, (height, width), target, picture)

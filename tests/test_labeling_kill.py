@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from detr_fast.checkpoint import save_model
-from detr_fast.labeling.engines import Found, LocalEngine, Slot, find, model_process, options_of, saved
+from detr_fast.labeling.engines import Found, LocalEngine, Slot, find, in_memory, model_process, options_of
 from detr_fast.labeling.workers import SharedMemory, WorkerDied, WorkerPool
 from detr_fast.predictor import Predictor
 from poison import DiesOnce
@@ -180,7 +181,8 @@ def test_a_model_that_dies_between_batches_reads_the_same_pixels_again(tmp_path:
     def ids(found: list[Found]) -> list[np.ndarray]:
         return [memory.array(k, a.shape, a.dtype, a.offset).copy() for k, a in enumerate(found)]
 
-    with model_process(memory, saved(model), "cpu", options_of(predictor), torch.get_num_threads()) as pool:
+    arguments = ("cpu", options_of(predictor), torch.get_num_threads())
+    with in_memory(partial(torch.save, model)) as saved, model_process(memory, saved, *arguments) as pool:
         twice = [found for batch in pool.submit(find, [[slot] for slot in slots]).result() for found in batch]
         found = ids(twice)
     assert (tmp_path / "died").exists()

@@ -10,6 +10,7 @@ number of them in its object store. Tasks do not import torch.
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -101,8 +102,10 @@ class ClusterLabeler(Labeler):
 
         from detr_fast.labeling import engines
 
+        copy = io.BytesIO()
+        torch.save(self._predictor.model, copy)
         return {
-            "model": ray.put(engines.saved(self._predictor.model)),
+            "model": ray.put(copy.getvalue()),
             "slots": window,
             "slot_bytes": slot_bytes,
             "device": self._predictor.device.type,
@@ -189,7 +192,7 @@ class _Model:
     for ever. What kills that process twice are tried again alone, so that only the images fail that do it.
 
     Args:
-        model: what `engines.saved` gave, in Ray's object store.
+        model: what torch saved, in Ray's object store.
         slots, slot_bytes: memory for the images that are given at once.
         device, options, threads: as `engines.model_process` has them.
     """
@@ -214,8 +217,8 @@ class _Model:
         """Made when a stage needs it, for what is raised to be the stage's error."""
         from detr_fast.labeling import engines
 
-        process = engines.model_process(self._memory, ray.get(self._model), *self._arguments)
-        return self._stack.enter_context(process)
+        model = self._stack.enter_context(engines.in_memory(lambda file: file.write(ray.get(self._model))))
+        return self._stack.enter_context(engines.model_process(self._memory, model, *self._arguments))
 
     @_stage
     def __call__(self, decoded: pa.Table) -> Iterator[pa.Table]:

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -98,11 +99,13 @@ def slot_bytes(predictor: Predictor) -> int:
     return (pixels + labels) // 4096 * 4096 + 4096
 
 
-def saved(model: torch.nn.Module) -> bytes:
-    """A model, for `model_process`."""
-    file = io.BytesIO()
-    torch.save(model, file)
-    return file.getvalue()
+@contextmanager
+def in_memory(write: Callable[[IO[bytes]], Any]) -> Iterator[int]:
+    """A descriptor of what `write` writes: of memory, as a file would be left where processes are killed."""
+    with open(anonymous_file(), "wb") as file:
+        write(file)
+        file.flush()
+        yield file.fileno()
 
 
 class DevicesEngine:
@@ -113,7 +116,8 @@ class DevicesEngine:
         self._turn = 0
         threads = max(1, torch.get_num_threads() // len(devices))
         with ExitStack() as stack:
-            model, options = saved(predictor.model), options_of(predictor)
+            model = stack.enter_context(in_memory(partial(torch.save, predictor.model)))
+            options = options_of(predictor)
             self._pools = [
                 stack.enter_context(model_process(memory, model, device, options, threads)) for device in devices
             ]
@@ -128,19 +132,16 @@ class DevicesEngine:
         self._stack.close()
 
 
-@contextmanager
-def model_process(
-    memory: SharedMemory, model: bytes, device: str, options: dict[str, Any], threads: int
-) -> Iterator[WorkerPool]:
-    """One process that runs `find`, with what `saved` gave, the options of `options_of`, and `threads` on a CPU."""
-    descriptor = anonymous_file()  # and not a file, which would be left where processes are killed
-    with open(descriptor, "wb") as file:
-        file.write(model)
-        file.flush()
-        shared = (memory.slots, memory.slot_bytes, memory.descriptor)
-        setup = (_attach, (shared, descriptor, device, options, threads))
-        with WorkerPool(1, setup, (memory.descriptor, descriptor)) as pool:
-            yield pool
+def model_process(memory: SharedMemory, model: int, device: str, options: dict[str, Any], threads: int) -> WorkerPool:
+    """One process that runs `find`.
+
+    Args:
+        model: descriptor of what torch saved, which stays open for as long as the process runs.
+        options: of `options_of`.
+        threads: on a CPU.
+    """
+    shared = (memory.slots, memory.slot_bytes, memory.descriptor)
+    return WorkerPool(1, (_attach, (shared, model, device, options, threads)), (memory.descriptor, model))
 
 
 _engine: LocalEngine

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from detr_fast.encoding import grey_png, panoptic_png, run_lengths
-from detr_fast.images import read_image, resized_for_normalise, resized_size
+from detr_fast.images import pixels_of, read_image, resized_for_normalise, resized_size
 from detr_fast.labeling import writers
 from detr_fast.labeling.workers import RESIDENT, SharedMemory, WorkerDied
 
@@ -110,9 +110,7 @@ def decode(path: Path, reading: Reading, allocate: Callable[..., np.ndarray] = n
         return Decoded(resized_for_normalise(picture, width, height, allocate), (height, width), target)
     if 3 * picture.width * picture.height > RESIDENT:
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = allocate((picture.height, picture.width, 3), np.uint8)
-    pixels[:] = np.asarray(picture)
-    return Decoded(pixels, (height, width), target)
+    return Decoded(pixels_of(picture, allocate), (height, width), target)
 
 
 def encode(file: str, ids: np.ndarray, segments_info: list[dict[str, Any]], writing: Writing) -> Encoded:
