@@ -18,8 +18,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detr_fast.boxes import box_cxcywh_to_xyxy, generalized_iou
-from detr_fast.images import IMAGENET_MEAN, IMAGENET_STD, resized_size
+from detr_fast.images import IMAGENET_MEAN, IMAGENET_STD
 from detr_fast.postprocess import id_to_rgb
+from detr_fast.resampling import resized_size
 from detr_fast.training.criterion import Losses, Targets
 
 

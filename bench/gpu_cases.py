@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.cases import REAL, Scale
-from detr_fast import merge, reference
-from detr_fast.data.categories import COCO_PANOPTIC
+from detr_fast import reference
+from detr_fast.categories import COCO_PANOPTIC
+from detr_fast.ops import merge
 from detr_fast.postprocess import post_process_panoptic_segmentation
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32

@@ -37,10 +37,10 @@ from torch import Tensor
 
 from bench import cases, measure
 from bench.gpu_cases import Draw
+from detr_fast.detr.segmentation import DETRsegm
 from detr_fast.labeling import stages, workers
 from detr_fast.labeling.pipeline import label
 from detr_fast.predictor import Pixels, Predictor
-from detr_fast.segmentation import DETRsegm
 
 DISTINCT = 16  # pictures; any more are copies
 FORMATS = ("panoptic", "instances")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bench import cases, measure
 from detr_fast import ops, reference
 from detr_fast.checkpoint import save_model
-from detr_fast.merge import panoptic_merge
+from detr_fast.ops.merge import panoptic_merge
 
 TARGET = cases.REAL.target  # the photograph's, whose segmentation is written
 

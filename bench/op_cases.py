@@ -15,7 +15,7 @@ from bench import gpu_cases
 from bench.cases import REAL, Scale
 from bench.gpu_cases import SINGLE, Case, Draw
 from detr_fast import ops, reference
-from detr_fast.backbone import FoldedConv, FrozenBatchNorm2d
+from detr_fast.detr.backbone import FoldedConv, FrozenBatchNorm2d
 from detr_fast.postprocess import binary_masks
 
 CHUNK = 4  # queries that a CPU takes through the mask head at once

@@ -31,7 +31,7 @@ from bench.cases import REAL, Scale
 from bench.gpu_cases import BRAIN, HALF, NAMES, SINGLE, Case, Draw, mask_upsample_case, panoptic_merge_case
 from bench.op_cases import upsampled
 from detr_fast import ops
-from detr_fast.detr import build_detr
+from detr_fast.detr.detector import build_detr
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
@@ -159,7 +159,7 @@ class Stages(measure.Tally):
 def pretending(gpu: ops.Gpu | None) -> Iterator[None]:
     """The choices that `ops` makes on a GPU, or on a CPU, for tensors that hold nothing."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("detr_fast.cache._fingerprint", lambda x: x.untyped_storage()._cdata))
+        stack.enter_context(mock.patch("detr_fast.ops.cache._fingerprint", lambda x: x.untyped_storage()._cdata))
         if gpu is not None:
             for name in KERNELS:
                 import_module(f"detr_fast.kernels.{name}")

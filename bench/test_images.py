@@ -11,8 +11,8 @@ from PIL import Image
 from bench import cases, definitions
 from bench.gpu_cases import Draw, plain_mask_upsample
 from detr_fast import ops, reference
-from detr_fast.encoding import panoptic_png, run_lengths
 from detr_fast.evaluation.panoptic_quality import PanopticQuality
+from detr_fast.images import panoptic_png, run_lengths
 from detr_fast.labeling.pipeline import label
 from detr_fast.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm, rgb_to_id
 from detr_fast.predictor import Predictor

@@ -19,11 +19,11 @@ _POSTPROCESS = ("PostProcess", "PostProcessSegm", "PostProcessPanoptic", "rgb_to
 # Each public name and the module it lives in; imported when first used, so that `import detr_fast` is quick.
 _HOME = {
     "DetrConfig": "config",
-    "build_detr": "detr",
-    "DETR": "detr",
-    "DETRsegm": "segmentation",
-    "NestedTensor": "nested",
-    "nested_tensor_from_tensor_list": "nested",
+    "build_detr": "detr.detector",
+    "DETR": "detr.detector",
+    "DETRsegm": "detr.segmentation",
+    "NestedTensor": "detr.nested",
+    "nested_tensor_from_tensor_list": "detr.nested",
     "CheckpointError": "checkpoint",
     "read_checkpoint": "checkpoint",
     "load_model": "checkpoint",
@@ -41,8 +41,8 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "explain": "explanation",
     "Explanation": "explanation",
-    "decoder_attention": "attention",
-    "encoder_attention": "attention",
+    "decoder_attention": "detr.attention",
+    "encoder_attention": "detr.attention",
     **{name: "compat.hub" for name in _HUB},
     **{name: "postprocess" for name in _POSTPROCESS},
 }

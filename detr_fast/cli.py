@@ -429,8 +429,8 @@ def _argument(name: str) -> Iterator[None]:
 
 
 def _label(args: argparse.Namespace) -> None:
+    from detr_fast.categories import categories_for
     from detr_fast.checkpoint import load_model
-    from detr_fast.data.categories import categories_for
     from detr_fast.labeling.manifest import OccupiedError
     from detr_fast.labeling.pipeline import FORMATS, check_engine, class_ids, find_images, label
     from detr_fast.predictor import Predictor, resolve_device, resolve_dtype
@@ -533,7 +533,7 @@ def _eval(args: argparse.Namespace) -> None:
     from detr_fast.checkpoint import load_model
     from detr_fast.evaluation.evaluate import evaluate, table
     from detr_fast.evaluation.ground_truth import GroundTruth
-    from detr_fast.labeling.writers import write_atomic
+    from detr_fast.files import write_atomic
     from detr_fast.predictor import Predictor, resolve_device, resolve_dtype
 
     with _argument("--device"):

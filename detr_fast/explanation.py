@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from detr_fast import visualize
-from detr_fast.attention import decoder_attention, encoder_attention
+from detr_fast.detr.attention import decoder_attention, encoder_attention
+from detr_fast.files import write_atomic
 from detr_fast.images import ImageSource
-from detr_fast.labeling.writers import write_atomic
 from detr_fast.predictor import PanopticResult, Predictor
 from detr_fast.preprocess import image_to_tensor
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detr_fast import ops
-from detr_fast.merge import (
+from detr_fast.ops.merge import (
     IsThing,
     argmax_of_planes,
     is_thing,

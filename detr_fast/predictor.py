@@ -16,19 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from detr_fast import ops, visualize
+from detr_fast.categories import categories_for
 from detr_fast.checkpoint import load_model
-from detr_fast.data.categories import categories_for
-from detr_fast.detr import DETR
-from detr_fast.encoding import panoptic_png
-from detr_fast.graphs import Graphs, Recorder
-from detr_fast.images import normalise, pixels_of, resized_for_normalise
+from detr_fast.detr.detector import DETR
+from detr_fast.detr.graphs import Graphs, Recorder
+from detr_fast.detr.segmentation import DETRsegm
+from detr_fast.images import ImageSource, normalise, panoptic_png, pixels_of, read_image, resized_for_normalise
 from detr_fast.postprocess import (
     panoptic_merge,
     post_process_panoptic_segmentation,
     upstream_panoptic_merge,
 )
-from detr_fast.preprocess import ImageSource, batch_of_size, read_image, resized_size
-from detr_fast.segmentation import DETRsegm
+from detr_fast.preprocess import batch_of_size
+from detr_fast.resampling import resized_size
 
 Segments = tuple[np.ndarray | None, list[dict[str, Any]]]
 

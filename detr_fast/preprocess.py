@@ -11,31 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detr_fast.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    WEIGHT_BITS,
-    ImageSource,
-    image_to_array,
-    read_image,
-    resample_taps,
-    resized_size,
-    transformers_resized_size,
-)
-
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "ImageSource",
-    "batch_of_size",
-    "image_to_tensor",
-    "images_to_batch",
-    "read_image",
-    "resample_taps",
-    "resize",
-    "resized_size",
-    "transformers_resized_size",
-]
+from detr_fast.images import IMAGENET_MEAN, IMAGENET_STD, image_to_array
+from detr_fast.resampling import WEIGHT_BITS, resample_taps, resized_size
 
 
 def image_to_tensor(image: Image.Image, size: int = 800, max_size: int | None = 1333) -> Tensor:

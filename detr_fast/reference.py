@@ -7,7 +7,7 @@ read the parameters of detr_fast's modules in whatever dtype those have: float64
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from detr_fast.backbone import FrozenBatchNorm2d, ResNet
-    from detr_fast.segmentation import MaskHeadSmallConv, MHAttentionMap
-    from detr_fast.transformer import MultiheadAttention, Transformer
+    from detr_fast.detr.backbone import FrozenBatchNorm2d, ResNet
+    from detr_fast.detr.segmentation import MaskHeadSmallConv, MHAttentionMap
+    from detr_fast.detr.transformer import MultiheadAttention, Transformer
 
 # ---- backbone ----
 
@@ -140,7 +140,44 @@ def mask_head(module: MaskHeadSmallConv, x: Tensor, bbox_mask: Tensor, fpns: lis
     return module.out_lay(x)
 
 
+# ---- bilinear resizing ----
+
+
+class Taps(NamedTuple):
+    """One axis of a bilinear resize at n output positions: two source indices and their weights, each [n]."""
+
+    low: Tensor
+    high: Tensor
+    low_weight: Tensor
+    high_weight: Tensor
+
+    def at(self, positions: Tensor | slice) -> Taps:
+        return Taps(*(tap[positions] for tap in self))
+
+
+def bilinear_weights(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size_in,size_out], what each input adds to each output of `F.interpolate(mode="bilinear", align_corners=False)`
+    along one axis.
+
+    Read off what it does to the unit vectors: its source coordinates are float32 and may be rounded once or twice
+    (with or without fused multiply-add), and at coordinate 200 one rounding already moves a weight by 1e-5.
+    """
+    unit = torch.eye(size_in, dtype=dtype, device=device)[None, :, None]
+    return F.interpolate(unit, size=(1, size_out), mode="bilinear", align_corners=False)[0, :, 0]
+
+
+def bilinear_taps(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Taps:
+    """`bilinear_weights` as the two inputs of each output and their weights."""
+    weights = bilinear_weights(size_in, size_out, dtype, device)
+    low = (weights != 0).to(torch.uint8).argmax(0)
+    high = (low + 1).clamp(max=size_in - 1)
+    low_weight, high_weight = weights.gather(0, low[None])[0], weights.gather(0, high[None])[0]
+    return Taps(low, high, low_weight, torch.where(high > low, high_weight, 0))
+
+
 # ---- the panoptic merges ----
+
+SMALLEST_AREA = 4  # pixels; a segment must be larger
 
 
 def nearest_as_pil(ids: Tensor, size: Sequence[int]) -> Tensor:
@@ -170,12 +207,12 @@ def upstream_panoptic_merge(
         merge_stuff = False
         ids = nearest_as_pil(winner, target_size)
         areas = [int((ids == i).sum()) for i in range(len(kept))]
-        if min(areas) > 4:
+        if min(areas) > SMALLEST_AREA:
             return ids, [
                 {"id": i, "isthing": isthing(classes[k]), "category_id": classes[k], "area": area}
                 for i, (k, area) in enumerate(zip(kept, areas, strict=True))
             ]
-        kept = [k for k, area in zip(kept, areas, strict=True) if area > 4]
+        kept = [k for k, area in zip(kept, areas, strict=True) if area > SMALLEST_AREA]
     return torch.zeros(tuple(target_size), dtype=torch.int32, device=pred_masks.device), []
 
 
@@ -200,9 +237,9 @@ def panoptic_merge(
         segment_of = torch.tensor([first[k] for k in kept], device=winner.device)[winner]
         shown = nearest_as_pil(segment_of, target_size)
         areas = [int((shown == k).sum()) for k in first]
-        if all(areas[k] > 4 for k in kept):
+        if all(areas[k] > SMALLEST_AREA for k in kept):
             break
-        kept = [k for k in kept if areas[k] > 4]
+        kept = [k for k in kept if areas[k] > SMALLEST_AREA]
     ids = torch.zeros(tuple(target_size), dtype=torch.int32, device=pred_masks.device)
     segments: list[dict[str, Any]] = []
     for k in [k for k in kept if first[k] == k]:

@@ -14,8 +14,8 @@ The sigmoid is not computed: it rises, so it exceeds t where the logit exceeds l
 Float: the same kernel for `pred_masks` at the image's size, forward, and a backward that gathers (each input pixel sums
 over the output pixels that it was a tap of), so that its sums have one order where PyTorch's use atomics.
 
-Taps come from the host, read off `F.interpolate` itself (`detr_fast.merge.bilinear_taps`): its float32 coordinates are
-rounded in ways that a formula here might miss. All tables and sizes of a batch travel in one pinned tensor.
+Taps come from the host, read off `F.interpolate` itself (`reference.bilinear_taps`): its float32 coordinates are rounded
+in ways that a formula here might miss. All tables and sizes of a batch travel in one pinned tensor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from detr_fast import merge
+from detr_fast import reference
 from detr_fast.kernels.build import Build
 
 # Fields of an image in the header, int64 [images, FIELDS]. Tables are int32, and these their offsets.
@@ -266,7 +266,7 @@ def target_of(device: torch.device) -> int | str:
 @lru_cache(maxsize=256)
 def taps_table(size_in: int, size_out: int) -> np.ndarray:
     """The taps of one axis of a bilinear resize, int32 [3, size_out]: the lower index, and the bits of both weights."""
-    taps = merge.bilinear_taps(size_in, size_out, torch.float32, torch.device("cpu"))
+    taps = reference.bilinear_taps(size_in, size_out, torch.float32, torch.device("cpu"))
     weights = (weight.numpy().view(np.int32) for weight in (taps.low_weight, taps.high_weight))
     return np.stack([taps.low.numpy().astype(np.int32), *weights])
 

@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from detr_fast import merge
+from detr_fast import reference
 from detr_fast.kernels.build import Build
 from detr_fast.kernels.mask_upsample import (
     Tables,
@@ -59,8 +59,9 @@ from detr_fast.kernels.mask_upsample import (
     target_of,
     tiles_of,
 )
+from detr_fast.resampling import pil_nearest_indices
 
-SMALL = tl.constexpr(merge.SMALLEST_AREA)
+SMALL = tl.constexpr(reference.SMALLEST_AREA)
 NOWHERE = tl.constexpr(2**31 - 1)  # left and top of the box of no pixels
 
 # Counts of a query, int32 [N, STATS].
@@ -569,7 +570,7 @@ def axis_table(mask: int, resized: int, processed: int, target: int) -> tuple[np
     `mask` logits are resized to `resized` positions, of which the first `processed` are the image's, and NEAREST makes
     `target` of those.
     """
-    picked, position = np.unique(merge.pil_nearest_indices(processed, target), return_inverse=True)
+    picked, position = np.unique(pil_nearest_indices(processed, target), return_inverse=True)
     shown_from = np.searchsorted(position, np.arange(len(picked) + 1))
     parts = [taps_table(mask, resized)[:, picked].ravel(), shown_from, position]
     return np.concatenate(parts).astype(np.int32), len(picked)
@@ -775,8 +776,7 @@ def _shown(masks: Tensor, resized: tuple[int, int], processed: tuple[int, int], 
     masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
     large = F.interpolate(masks[None], size=resized, mode="bilinear", align_corners=False)[0]
     rows, columns = (
-        torch.from_numpy(merge.pil_nearest_indices(*axis)).to(masks.device)
-        for axis in zip(processed, target, strict=True)
+        torch.from_numpy(pil_nearest_indices(*axis)).to(masks.device) for axis in zip(processed, target, strict=True)
     )
     return large[:, rows[:, None], columns]
 
@@ -859,7 +859,7 @@ def _merge(masks: Tensor, labels: Tensor, isthing: Tensor, size: tuple[Any, Any,
     while True:
         winners = shown.masked_fill(~alive[:, None, None], -math.inf).argmax(0)
         area = torch.zeros_like(lead).index_add_(0, lead[winners.flatten()], torch.ones_like(winners).flatten())
-        small = alive & ((area[lead] if merge_for_good else area) <= merge.SMALLEST_AREA)
+        small = alive & ((area[lead] if merge_for_good else area) <= reference.SMALLEST_AREA)
         alive = alive & ~small
         if not small.any() or not alive.any():
             break

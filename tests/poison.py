@@ -7,7 +7,7 @@ import signal
 from pathlib import PosixPath
 from typing import Any
 
-from detr_fast.segmentation import DETRsegm
+from detr_fast.detr.segmentation import DETRsegm
 
 
 class Poison(PosixPath):

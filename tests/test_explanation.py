@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from builders import theirs
 from detr_fast import ops, reference
-from detr_fast.attention import decoder_attention, encoder_attention
 from detr_fast.checkpoint import save_model
 from detr_fast.cli import main
 from detr_fast.compat.accelerate import accelerate
 from detr_fast.data.shapes import render
+from detr_fast.detr.attention import decoder_attention, encoder_attention
+from detr_fast.detr.nested import NestedTensor, nested_tensor_from_tensor_list
 from detr_fast.explanation import explain
-from detr_fast.nested import NestedTensor, nested_tensor_from_tensor_list
 from detr_fast.predictor import Predictor
 from detr_fast.visualize import draw_heat, draw_mask
 from tiny import tiny_detr

@@ -18,9 +18,11 @@ from hypothesis import given, settings
 from PIL import Image
 from torch import Tensor
 
-from detr_fast import merge, ops, postprocess, reference
+from detr_fast import ops, postprocess, reference
 from detr_fast.kernels import mask_upsample, panoptic_merge  # noqa: F401
+from detr_fast.ops import merge
 from detr_fast.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm, id_to_rgb, rgb_to_id
+from detr_fast.resampling import pil_nearest_indices
 from postprocess_cases import CASES, Case, is_thing, make, smooth
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -361,14 +363,14 @@ def test_merge_takes_other_dtypes(dtype: torch.dtype) -> None:
 def test_nearest_indices_are_pils(size_in: int, size_out: int) -> None:
     column = Image.fromarray(np.arange(size_in, dtype=np.int32)[:, None])
     expected = np.array(column.resize((1, size_out), Image.Resampling.NEAREST))[:, 0]
-    np.testing.assert_array_equal(merge.pil_nearest_indices(size_in, size_out), expected)
+    np.testing.assert_array_equal(pil_nearest_indices(size_in, size_out), expected)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 300))
 def test_bilinear_taps_are_torchs(size_in: int, size_out: int) -> None:
     signal = torch.from_numpy(np.random.RandomState(size_in).randn(1, 1, size_in, 1))
-    low, high, low_weight, high_weight = merge.bilinear_taps(size_in, size_out, signal.dtype, signal.device)
+    low, high, low_weight, high_weight = reference.bilinear_taps(size_in, size_out, signal.dtype, signal.device)
     expected = F.interpolate(signal, size=(size_out, 1), mode="bilinear", align_corners=False).flatten()
     column = signal.flatten()
     torch.testing.assert_close(column[low] * low_weight + column[high] * high_weight, expected)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from detr_fast.checkpoint import save_model
-from detr_fast.nested import nested_tensor_from_tensor_list
+from detr_fast.detr.nested import nested_tensor_from_tensor_list
 from detr_fast.postprocess import PostProcessPanoptic, post_process_panoptic_segmentation, rgb_to_id
 from detr_fast.predictor import MODES, Predictor
 from detr_fast.preprocess import image_to_tensor

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from detr_fast.categories import COCO_PANOPTIC
 from detr_fast.config import DetrConfig
-from detr_fast.data.categories import COCO_PANOPTIC
-from detr_fast.detr import build_detr
+from detr_fast.detr.detector import build_detr
 
 CONFIG = DetrConfig(
     backbone="resnet18",

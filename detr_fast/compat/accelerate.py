@@ -11,8 +11,8 @@ from torch import nn
 
 from detr_fast.checkpoint import build_model, interpret
 from detr_fast.compat.transformers import DetrForObjectDetection, DetrForSegmentation, DetrPreTrainedModel
-from detr_fast.detr import DETR
-from detr_fast.segmentation import DETRsegm
+from detr_fast.detr.detector import DETR
+from detr_fast.detr.segmentation import DETRsegm
 
 _WRAPPERS: dict[str, type[DetrPreTrainedModel]] = {
     "DetrForObjectDetection": DetrForObjectDetection,

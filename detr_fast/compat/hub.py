@@ -6,9 +6,9 @@ from typing import Any
 
 from detr_fast.checkpoint import build_model, read_checkpoint
 from detr_fast.config import PRESETS
-from detr_fast.detr import DETR, build_detr
+from detr_fast.detr.detector import DETR, build_detr
+from detr_fast.detr.segmentation import DETRsegm
 from detr_fast.postprocess import PostProcess, PostProcessPanoptic
-from detr_fast.segmentation import DETRsegm
 
 
 def detr_resnet50(pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False) -> Any:

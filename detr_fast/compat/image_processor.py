@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from detr_fast import postprocess
-from detr_fast.preprocess import IMAGENET_MEAN, IMAGENET_STD, read_image, transformers_resized_size
+from detr_fast.images import IMAGENET_MEAN, IMAGENET_STD, read_image
+from detr_fast.resampling import transformers_resized_size
 
 CONFIG_NAME = "preprocessor_config.json"
 HUB_TIMEOUT = 10  # seconds until a server that does not answer counts as no network

@@ -11,11 +11,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from detr_fast import dialects
-from detr_fast.checkpoint import Checkpoint, CheckpointError, build_model, read_checkpoint, save_model
-from detr_fast.detr import DETR
-from detr_fast.nested import NestedTensor
-from detr_fast.segmentation import DETRsegm
+from detr_fast.checkpoint import Checkpoint, CheckpointError, build_model, dialects, read_checkpoint, save_model
+from detr_fast.detr.detector import DETR
+from detr_fast.detr.nested import NestedTensor
+from detr_fast.detr.segmentation import DETRsegm
 
 Model = TypeVar("Model", bound="DetrPreTrainedModel")
 

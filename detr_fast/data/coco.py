@@ -13,12 +13,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import Dataset
 
+from detr_fast.categories import COCO_PANOPTIC, Category, palette_color
 from detr_fast.data import transforms as T
-from detr_fast.data.categories import COCO_PANOPTIC, Category, palette_color
 from detr_fast.data.layout import Split, find_split, read_annotations
 from detr_fast.data.transforms import Target
+from detr_fast.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from detr_fast.postprocess import rgb_to_id
-from detr_fast.preprocess import IMAGENET_MEAN, IMAGENET_STD, read_image
 
 LARGEST = 1e9  # of a coordinate or an area
 MAX_CATEGORY = 65535  # `DetrConfig.num_classes` is at most one more

@@ -25,7 +25,7 @@ from scipy import special
 from tqdm import tqdm
 
 import detr_fast
-from detr_fast.labeling.writers import write_json
+from detr_fast.files import write_json
 
 THINGS = ("disc", "square", "triangle", "star", "cross", "ring", "crescent", "heart")
 STUFF = ("sky", "mountain", "grass", "sand", "water", "pavement")

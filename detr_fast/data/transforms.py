@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from detr_fast.preprocess import resized_size
+from detr_fast.resampling import resized_size
 
 Target = dict[str, Any]
 Transform = Callable[[Any, Any], tuple[Any, Any]]

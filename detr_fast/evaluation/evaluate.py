@@ -19,15 +19,15 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from tqdm import tqdm
 
-from detr_fast.detr import DETR
+from detr_fast.detr.detector import DETR
+from detr_fast.detr.nested import nested_tensor_from_tensor_list
+from detr_fast.detr.segmentation import DETRsegm
 from detr_fast.evaluation.average_precision import METRICS, AveragePrecision, has_masks
 from detr_fast.evaluation.ground_truth import GroundTruth
 from detr_fast.evaluation.panoptic_quality import VOID, PanopticQuality, read_ids
-from detr_fast.nested import nested_tensor_from_tensor_list
 from detr_fast.postprocess import PostProcess, binary_masks
 from detr_fast.predictor import Predictor
 from detr_fast.preprocess import image_to_tensor
-from detr_fast.segmentation import DETRsegm
 
 T = TypeVar("T")
 

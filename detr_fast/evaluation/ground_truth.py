@@ -12,7 +12,7 @@ from PIL import Image
 
 from detr_fast.data.layout import Split, find_split, read_annotations
 from detr_fast.evaluation.average_precision import check_instances
-from detr_fast.preprocess import read_image
+from detr_fast.images import read_image
 
 SEGMENT_KEYS = {"id", "category_id", "area", "iscrowd"}
 

@@ -314,7 +314,7 @@ class _Worker:
             return _Failure(stages.why_unwritable(error)), []
 
     def sync(self, paths: list[Path]) -> None:
-        self._pool.submit(stages.sync, paths).result()
+        self._pool.submit(stages.sync_written, paths).result()
 
 
 _worker = cache(_Worker)  # of this process, which lasts for longer than a task

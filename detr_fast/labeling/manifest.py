@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detr_fast.labeling import writers
+from detr_fast.files import open_atomic, sync, write_json
 
 RESULTS = ("panoptic.json", "instances.json", "failures.jsonl", "report.html")  # written when all images are done
 PNG_FOLDERS = ("panoptic", "semantic")
@@ -55,9 +55,9 @@ class Run:
 
     def write(self, out: Path) -> None:
         path = out / "run.json"
-        writers.write_json(path, vars(self))
-        writers.sync(path)
-        writers.sync(out)
+        write_json(path, vars(self))
+        sync(path)
+        sync(out)
 
     @classmethod
     def read(cls, out: Path) -> Run:
@@ -185,12 +185,12 @@ class Manifest:
 
     def _drop_failures(self) -> None:
         self._file.close()
-        with writers.open_atomic(self._path) as kept:
+        with open_atomic(self._path) as kept:
             for line, _, _ in _sound_lines(self._path):
                 if not _failed(line):
                     kept.write(line)
-        writers.sync(self._path)
-        writers.sync(self._path.parent)
+        sync(self._path)
+        sync(self._path.parent)
 
 
 def read_lines(out: Path) -> Iterator[tuple[str, dict[str, Any]]]:

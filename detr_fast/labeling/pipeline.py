@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import detr_fast
+from detr_fast.files import remove_temporary
 from detr_fast.labeling import report, stages, writers
 from detr_fast.labeling.engines import DevicesEngine, Engine, Found, LocalEngine, Slot, slot_bytes
 from detr_fast.labeling.interrupt import Interrupt, Interrupted
@@ -276,7 +277,7 @@ def claim(out: Path, run: Run, resume: bool, overwrite: bool) -> None:
     different = [f"{name} was {old.get(name)} and is {new.get(name)}" for name in new if old.get(name) != new.get(name)]
     if different:
         raise OccupiedError(f"{out} holds another run: {'; '.join(different)}")
-    writers.remove_temporary(out)
+    remove_temporary(out)
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
 
@@ -471,7 +472,7 @@ class _Labeler(Labeler):
         if self._uncommitted and (due or at_once):
             paths = [path for *_, written in self._uncommitted for path in written]
             lines = [(file, record) for file, record, _ in self._uncommitted]
-            self._syncing.append((self._pool.submit(stages.sync, paths), lines))
+            self._syncing.append((self._pool.submit(stages.sync_written, paths), lines))
             self._uncommitted, self._committed = [], time.monotonic()
         while self._syncing and (at_once or self._syncing[0][0].done()):
             future, lines = self._syncing.popleft()

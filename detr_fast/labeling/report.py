@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from detr_fast.files import write_atomic
 from detr_fast.images import read_image
 from detr_fast.labeling import writers
 from detr_fast.labeling.manifest import Manifest, Run
@@ -91,7 +92,7 @@ def write(out: Path, run: Run, summary: LabelSummary, manifest: Manifest, labell
         failures=_failures(summary),
         settings=_rows((name, json.dumps(value)) for name, value in run.settings.items()),
     )
-    writers.write_atomic(out / "report.html", page.encode(errors="replace"))
+    write_atomic(out / "report.html", page.encode(errors="replace"))
 
 
 def _numbers(summary: LabelSummary) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import detr_fast
+from detr_fast.files import open_atomic, sync
 from detr_fast.labeling import writers
 from detr_fast.labeling.manifest import Manifest, Run
 from detr_fast.predictor import unnamed_category
@@ -82,11 +83,11 @@ def write_results(manifest: Manifest, run: Run, out: Path) -> tuple[LabelSummary
     summary, labelled = LabelSummary(), array("q")
     formats = run.settings["formats"]
     with ExitStack() as stack:
-        failures = stack.enter_context(writers.open_atomic(out / "failures.jsonl"))
+        failures = stack.enter_context(open_atomic(out / "failures.jsonl"))
         if "instances" in formats:
-            instances = _JsonList(stack.enter_context(writers.open_atomic(out / "instances.json")))
+            instances = _JsonList(stack.enter_context(open_atomic(out / "instances.json")))
         if "panoptic" in formats:
-            panoptic = stack.enter_context(writers.open_atomic(out / "panoptic.json"))
+            panoptic = stack.enter_context(open_atomic(out / "panoptic.json"))
             info = {"description": "panoptic labels", "version": detr_fast.__version__, "contributor": "detr_fast"}
             panoptic.write(b'{"info": ' + json.dumps(info).encode() + b', "images": ')
             later = stack.enter_context(tempfile.TemporaryFile(dir=out))
@@ -116,8 +117,8 @@ def write_results(manifest: Manifest, run: Run, out: Path) -> tuple[LabelSummary
             panoptic.write(b', "categories": ' + categories + b"}")
     for name in ("panoptic.json", "instances.json", "failures.jsonl"):
         if (out / name).exists():
-            writers.sync(out / name)
-    writers.sync(out)
+            sync(out / name)
+    sync(out)
     return summary, labelled
 
 

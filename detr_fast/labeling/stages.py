@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detr_fast.encoding import grey_png, panoptic_png, run_lengths
-from detr_fast.images import pixels_of, read_image, resized_for_normalise, resized_size
+from detr_fast.files import sync, write_atomic
+from detr_fast.images import grey_png, panoptic_png, pixels_of, read_image, resized_for_normalise, run_lengths
 from detr_fast.labeling import writers
 from detr_fast.labeling.workers import RESIDENT, SharedMemory, WorkerDied
+from detr_fast.resampling import resized_size
 
 FORMATS = ("panoptic", "instances", "semantic")
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of an image, which is Pillow's limit
@@ -79,7 +80,7 @@ class Encoded:
         """Writes the PNGs, each complete or not at all, though not yet safe from a loss of power (see `sync`)."""
         paths = [out / name for name in self.files]
         for path, data in zip(paths, self.files.values(), strict=True):
-            writers.write_atomic(path, data)
+            write_atomic(path, data)
         return paths
 
 
@@ -148,10 +149,10 @@ def encode(file: str, ids: np.ndarray, segments_info: list[dict[str, Any]], writ
     return Encoded(files, record)
 
 
-def sync(paths: list[Path]) -> None:
+def sync_written(paths: list[Path]) -> None:
     """Makes written files safe from a loss of power."""
     for path in [*paths, *{path.parent for path in paths}]:
-        writers.sync(path)
+        sync(path)
 
 
 def why_unreadable(error: BaseException, path: Path) -> str:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from detr_fast.boxes import box_cxcywh_to_xyxy, generalized_iou
-from detr_fast.detr import DETR, Samples
-from detr_fast.merge import bilinear_weights
-from detr_fast.segmentation import DETRsegm
+from detr_fast.detr.detector import DETR, Samples
+from detr_fast.detr.segmentation import DETRsegm
+from detr_fast.reference import bilinear_weights
 from detr_fast.training.matcher import Indices, Outputs, Targets, at_least_float32
 
 Losses = dict[str, Tensor]

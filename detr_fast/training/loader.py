@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detr_fast.data.coco import AnnotationError, CocoDataset
 from detr_fast.data.transforms import Target
-from detr_fast.nested import NestedTensor, nested_tensor_from_tensor_list
+from detr_fast.detr.nested import NestedTensor, nested_tensor_from_tensor_list
 
 
 class Draw(NamedTuple):

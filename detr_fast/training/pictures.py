@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from detr_fast import visualize
-from detr_fast.data.categories import Category
+from detr_fast.categories import Category
 from detr_fast.data.coco import Sample
 from detr_fast.predictor import Predictor
 

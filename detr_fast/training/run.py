@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from detr_fast.labeling.writers import write_json_lines
+from detr_fast.files import write_json_lines
 
 SETTINGS, LOG, CHECKPOINT, BAD = "settings.json", "log.jsonl", "checkpoint.pth", "bad_annotations.txt"
 

@@ -29,9 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from detr_fast import dialects
-from detr_fast.backbone import thaw_batch_norm
-from detr_fast.checkpoint import Checkpoint
+from detr_fast.checkpoint import Checkpoint, dialects
 from detr_fast.config import PRESETS, DetrConfig
 from detr_fast.data.coco import (
     AnnotationError,
@@ -41,9 +39,10 @@ from detr_fast.data.coco import (
     find_training_split,
     training_transforms,
 )
-from detr_fast.detr import DETR, build_detr
+from detr_fast.detr.backbone import thaw_batch_norm
+from detr_fast.detr.detector import DETR, build_detr
+from detr_fast.detr.segmentation import DETRsegm
 from detr_fast.predictor import Predictor
-from detr_fast.segmentation import DETRsegm
 from detr_fast.training.criterion import SetCriterion, forward_matched
 from detr_fast.training.loader import Batch, Order, Portions, batches, mixed
 from detr_fast.training.matcher import HungarianMatcher

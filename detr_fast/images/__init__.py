@@ -1,0 +1,26 @@
+"""Pictures without torch: files to RGB pixels, pixels to what a DETR reads, id maps to PNG and run lengths."""
+
+from detr_fast.images.encoding import grey_png, panoptic_png, run_lengths
+from detr_fast.images.pixels import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    image_to_array,
+    normalise,
+    pixels_of,
+    resized_for_normalise,
+)
+from detr_fast.images.reading import ImageSource, read_image
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "ImageSource",
+    "grey_png",
+    "image_to_array",
+    "normalise",
+    "panoptic_png",
+    "pixels_of",
+    "read_image",
+    "resized_for_normalise",
+    "run_lengths",
+]
