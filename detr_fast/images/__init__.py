@@ -4,9 +4,12 @@ from detr_fast.images.encoding import grey_png, panoptic_png, run_lengths
 from detr_fast.images.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    SENT_BYTES,
+    Pixels,
     image_to_array,
     normalise,
     pixels_of,
+    prepare,
     resized_for_normalise,
 )
 from detr_fast.images.reading import ImageSource, read_image
@@ -14,12 +17,15 @@ from detr_fast.images.reading import ImageSource, read_image
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "SENT_BYTES",
     "ImageSource",
+    "Pixels",
     "grey_png",
     "image_to_array",
     "normalise",
     "panoptic_png",
     "pixels_of",
+    "prepare",
     "read_image",
     "resized_for_normalise",
     "run_lengths",

@@ -6,6 +6,7 @@ No torch here: the processes that read images for `detr-fast label` need none, a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -16,11 +17,53 @@ from detr_fast.resampling import WEIGHT_BITS, resample_taps, resized_size
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+SENT_BYTES = 32 << 20  # the most of a picture that is sent to a device as it is; a larger one is resized before
+
 NORMALISED_AT_ONCE = 1 << 16  # values, 256 KiB of float32
 # Of one product of matrices, so that OpenBLAS leaves it to one thread, and what it works on stays in the cache.
 ROWS_ADDED = 8
 COLUMNS_ADDED = 16
 MULTIPLICATIONS = 1 << 17
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels of one image on their way to a model.
+
+    Attributes:
+        array: uint8 [rows, columns, 3], as `prepare` makes it.
+        size: (h, w), as the model sees the image.
+        target: (H, W), as the image is, and its segmentation shall be.
+    """
+
+    array: np.ndarray
+    size: tuple[int, int]
+    target: tuple[int, int]
+
+
+def prepare(
+    picture: Image.Image, size: int, max_size: int, on_device: bool, allocate: Callable[..., np.ndarray] = np.empty
+) -> Pixels:
+    """What is sent to the model of an RGB picture; the only place that decides where a picture is resized.
+
+    Args:
+        size, max_size: as for `resized_size`.
+        on_device: a GPU resizes the picture itself (`preprocess.batch_of_size`), unless it is too large to be sent
+            there; else it is resized here, but for the rows that `normalise` adds.
+        allocate: makes the array from its shape and dtype.
+
+    Raises:
+        ValueError: the picture is too thin to be resized.
+    """
+    target = (picture.height, picture.width)
+    width, height = resized_size(*picture.size, size, max_size)
+    if not on_device:
+        array = resized_for_normalise(picture, width, height, allocate)
+    elif 3 * picture.width * picture.height <= SENT_BYTES:
+        array = pixels_of(picture, allocate)
+    else:
+        array = pixels_of(picture.resize((width, height), Image.Resampling.BILINEAR), allocate)
+    return Pixels(array, (height, width), target)
 
 
 def image_to_array(image: Image.Image, size: int = 800, max_size: int | None = 1333) -> np.ndarray:
