@@ -104,24 +104,27 @@ def attention_weights(q: Tensor, k: Tensor, nheads: int, padding: Tensor | None 
     return scores.masked_fill(padding, float("-inf")).softmax(-1).masked_fill(padding, 0)
 
 
-def attention_map(q: Tensor, k: Tensor, image: Tensor, nheads: int, padding: Tensor | None = None) -> Tensor:
+def attention_map(q: Tensor, k: Tensor, image: int | Tensor, nheads: int, padding: Tensor | None = None) -> Tensor:
     """Each query's softmax over heads and positions together, float32 at least: facebookresearch/detr's MHAttentionMap.
 
     Args:
         q: [N,d], scaled queries.
         k: [B,L,d], the images' keys.
-        image: int64 [N], the image of each query.
+        image: of all queries, or of each, int64 [N].
         padding: bool [B,L].
 
     Returns: [N,L,heads]; 0 where all of L is padding.
     """
     dtype = at_least_float32(q.dtype)
-    keys = k.to(dtype)[image].unflatten(-1, (nheads, -1))
-    scores = torch.einsum("nhc,nlhc->nlh", q.to(dtype).unflatten(-1, (nheads, -1)), keys)
+    if isinstance(image, Tensor):
+        maps = [attention_map(q[n : n + 1], k, b, nheads, padding) for n, b in enumerate(image.tolist())]
+        return torch.cat([q.new_empty((0, k.shape[1], nheads), dtype=dtype), *maps])
+    queries, keys = (x.to(dtype).unflatten(-1, (nheads, -1)) for x in (q, k[image]))
+    scores = torch.einsum("nhc,lhc->nlh", queries, keys)
     if padding is not None:
-        scores = scores.masked_fill(padding[image][:, :, None], float("-inf"))
+        scores = scores.masked_fill(padding[image][:, None], float("-inf"))
     weights = scores.flatten(1).softmax(-1).view_as(scores)
-    return weights if padding is None else weights.masked_fill(padding.all(1)[image][:, None, None], 0)
+    return weights if padding is None else weights.masked_fill(padding[image].all(), 0)
 
 
 # ---- normalisation ----
@@ -223,6 +226,7 @@ def mask_upsample(
 # ---- the panoptic merges ----
 
 SMALLEST_AREA = 4  # pixels; a segment must be larger
+NOWHERE = torch.iinfo(torch.int32).max  # left and top of a query without pixels
 
 
 class Merged(NamedTuple):
@@ -327,24 +331,30 @@ def weighted_merge(
     weighted = probabilities * scores[:, None, None]
     winner = weighted.argmax(0)
     area, box = _count(winner, count)
-    ratio = (area / (weighted >= mask_threshold).sum((1, 2))).tolist()  # x / 0 is inf or NaN, which is no ratio
-    segment, current, id_of_class = [], 0, dict[int, int]()
-    for value, label in zip(ratio, labels.tolist(), strict=True):
-        if not (0 < value < float("inf") and value > overlap_threshold):
-            segment.append(-1)
+    own = (weighted >= mask_threshold).sum((1, 2))
+    segment = torch.tensor(weighted_segments(area, own, labels, fuse, overlap_threshold), device=masks.device).int()
+    return Merged(segment[winner].clamp(min=0), segment, area, box)
+
+
+def weighted_segments(won: Tensor, own: Tensor, labels: Tensor, fuse: Tensor, overlap_threshold: float) -> list[int]:
+    """The segment of each of K queries in `weighted_merge`, -1 for none: from the pixels that it won and those of its
+    mask, [K] each."""
+    segments, current, id_of_class = [], 0, dict[int, int]()
+    # x / 0 is inf or NaN, which is no ratio; the quotient is float32, so that 4 / 5 is above 0.8
+    for ratio, label, fused in zip((won / own).tolist(), labels.tolist(), fuse[labels].tolist(), strict=True):
+        if not (0 < ratio < float("inf") and ratio > overlap_threshold):
+            segments.append(-1)
             continue
         current = id_of_class.get(label, current + 1)
-        if fuse[label]:
+        segments.append(current)
+        if fused:
             id_of_class[label] = current
-        segment.append(current)
-    segments = torch.tensor(segment, dtype=torch.int32, device=masks.device)
-    return Merged(segments[winner].clamp(min=0), segments, area, box)
+    return segments
 
 
 def _count(winner: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`Merged.area` and `Merged.box` from the query of each pixel, int64 [H,W]."""
-    far = torch.iinfo(torch.int32).max
-    boxes = winner.new_tensor([far, far, 0, 0]).expand(count, 4).clone()
+    boxes = winner.new_tensor([NOWHERE, NOWHERE, 0, 0]).expand(count, 4).clone()
     for k in range(count):
         y, x = (winner == k).nonzero().unbind(1)
         if len(y):
