@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench import cases, measure
-from bench.gpu_cases import Draw
+from bench.operations.case import Draw
 from detr_fast.detr.segmentation import DETRsegm
 from detr_fast.labeling import stages, workers
 from detr_fast.labeling.pipeline import label
