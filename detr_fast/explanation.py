@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from PIL import Image
 
 from detr_fast import visualize
 from detr_fast.detr.attention import decoder_attention, encoder_attention
-from detr_fast.files import write_atomic
+from detr_fast.files import open_atomic
 from detr_fast.images import ImageSource
 from detr_fast.predictor import PanopticResult, Predictor
 from detr_fast.preprocess import image_to_tensor
@@ -136,6 +135,5 @@ def check_output(out: str | os.PathLike[str]) -> Path:
 
 
 def _write(path: Path, picture: Image.Image) -> None:
-    data = io.BytesIO()
-    picture.save(data, "PNG")
-    write_atomic(path, data.getvalue())
+    with open_atomic(path) as file:
+        picture.save(file, "PNG")

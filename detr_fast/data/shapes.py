@@ -24,8 +24,8 @@ from pycocotools import mask as coco_mask
 from scipy import special
 from tqdm import tqdm
 
-import detr_fast
-from detr_fast.files import write_json
+from detr_fast import __version__
+from detr_fast.files import open_atomic, write_json
 
 THINGS = ("disc", "square", "triangle", "star", "cross", "ring", "crescent", "heart")
 STUFF = ("sky", "mountain", "grass", "sand", "water", "pavement")
@@ -195,7 +195,7 @@ def write_dataset(
         {"id": index + 1, "file_name": f"{index + 1:06d}.jpg", "width": width, "height": height}
         for index in range(images)
     ]
-    info = {"description": f"synthetic shapes, seed {seed}", "version": detr_fast.__version__}
+    info = {"description": f"synthetic shapes, seed {seed}", "version": __version__}
     things = [{key: c[key] for key in ("id", "name", "supercategory")} for c in CATEGORIES if c["isthing"]]
     instances = [{"id": number, **instance} for number, instance in enumerate(instances, start=1)]
     for name, found, categories in (("panoptic", annotations, CATEGORIES), ("instances", instances, things)):
@@ -211,10 +211,12 @@ def _write_part(
     annotations, instances = [], []
     for index in indices:
         scene, image_id, name = render(seed, index, size), index + 1, f"{index + 1:06d}"
-        Image.fromarray(scene.image).save(out / "images" / f"{name}.jpg", quality=scene.jpeg_quality)
+        with open_atomic(out / "images" / f"{name}.jpg") as file:
+            Image.fromarray(scene.image).save(file, "JPEG", quality=scene.jpeg_quality)
         # ids stay below 256, so red holds all of them
         red, empty = Image.fromarray(scene.ids.astype(np.uint8)), Image.new("L", (size[1], size[0]))
-        Image.merge("RGB", (red, empty, empty)).save(out / "panoptic" / f"{name}.png", compress_level=3)
+        with open_atomic(out / "panoptic" / f"{name}.png") as file:
+            Image.merge("RGB", (red, empty, empty)).save(file, "PNG", compress_level=3)
         annotations.append({"image_id": image_id, "file_name": f"{name}.png", "segments_info": scene.segments})
         columns = np.ascontiguousarray(scene.ids.T)
         for segment in scene.segments:

@@ -1,10 +1,12 @@
 """Training (Carion et al. 2020, section A.4; facebookresearch/detr, main.py and engine.py).
 
 settings = TrainSettings(data="DIR", config="detr_resnet50_panoptic")
-dataset = open_dataset(settings, masks=True)
+config, _ = starting_config(settings, checkpoint=None)
+dataset = open_dataset(settings, config)
 model, notes = initial_model(settings, dataset, checkpoint=None)
 with world(torch.device("cpu")) as processes:
-    train(Trainer(model, settings, processes, len(dataset)), dataset, Run("RUN", settings.to_dict()))
+    trainer = Trainer(model, settings, processes, len(dataset))
+    train(trainer, dataset, RunFolder("RUN", settings.to_dict()))
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from detr_fast.training.criterion import SetCriterion, forward_matched
 from detr_fast.training.loader import Batch, Order, Portions, batches, mixed
 from detr_fast.training.matcher import HungarianMatcher
 from detr_fast.training.pictures import curves, predictions
-from detr_fast.training.run import LOG, Run
+from detr_fast.training.run import LOG, RunFolder
 
 WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_mask": 1.0, "loss_dice": 1.0}
 EOS_COEF = 0.1
@@ -513,7 +515,7 @@ def _freeze(model: DETR | DETRsegm, settings: TrainSettings) -> None:
 # ---- the training ----
 
 
-def train(trainer: Trainer, dataset: CocoDataset, run: Run, progress: bool = False) -> Summary:
+def train(trainer: Trainer, dataset: CocoDataset, run: RunFolder, progress: bool = False) -> Summary:
     """Trains in the folder `run` until all steps are done.
 
     SIGINT or SIGTERM ends it after the current step, with a checkpoint; a second one at once.
@@ -567,7 +569,7 @@ def train(trainer: Trainer, dataset: CocoDataset, run: Run, progress: bool = Fal
     return Summary(trainer.step_number, loss, stop[0] if stop else None, len(problems))
 
 
-def draw(trainer: Trainer, dataset: CocoDataset, run: Run, epoch: int) -> None:
+def draw(trainer: Trainer, dataset: CocoDataset, run: RunFolder, epoch: int) -> None:
     """Draws the curves so far, and what the model predicts on the data set's first images as they are."""
     run.save_picture("loss.png", curves(run.log()))
     predictor = Predictor(trainer.usable_model(), device="cpu", threshold=0.5)
