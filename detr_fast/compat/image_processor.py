@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from detr_fast import postprocess
+from detr_fast.checkpoint.download import hub_file
+from detr_fast.files import write_atomic
 from detr_fast.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from detr_fast.resampling import transformers_resized_size
 
 CONFIG_NAME = "preprocessor_config.json"
-HUB_TIMEOUT = 10  # seconds until a server that does not answer counts as no network
 FORMATS = ("coco_detection", "coco_panoptic")
 LAYOUTS = ("channels_first", "channels_last")
 SIZE_KEYS = ({"shortest_edge", "longest_edge"}, {"height", "width"}, {"max_height", "max_width"})
@@ -141,7 +142,7 @@ class DetrImageProcessor:
         elif path.is_file():
             file = path if path.suffix == ".json" else path.with_name(CONFIG_NAME)
         else:
-            file = _download(os.fspath(name_or_path), hub_options)
+            file = hub_file(os.fspath(name_or_path), CONFIG_NAME, **hub_options)
         known = vars(DetrImageProcessor()).keys() | {"max_size", "pad_and_return_pixel_mask"}
         stored = _read_json(file) if file is not None and file.is_file() else {}
         return cls(**{**{key: value for key, value in stored.items() if key in known and value is not None}, **options})
@@ -149,8 +150,7 @@ class DetrImageProcessor:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes preprocessor_config.json, which `from_pretrained` reads, transformers' too."""
         file = Path(folder) / CONFIG_NAME
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_atomic(file, (json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n").encode())
 
     def to_dict(self) -> dict[str, Any]:
         """Every option, in types that JSON has."""
@@ -397,29 +397,6 @@ def _per_channel(name: str, values: float | Sequence[float]) -> list[float]:
     if len(channels) != 3:
         raise ValueError(f"{name} must be one number or three, got {values!r}")
     return channels
-
-
-def _download(repo_id: str, hub_options: dict[str, Any]) -> Path | None:
-    """preprocessor_config.json of a hub id, None if the repository has none."""
-    # imported here because it takes longer than the rest of the package together
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    where = {key: hub_options[key] for key in ("revision", "cache_dir") if key in hub_options}
-    try:
-        cached = try_to_load_from_cache(repo_id, CONFIG_NAME, **where)
-        if cached is None and not hub_options.get("local_files_only"):
-            # one request without the retries of a download shows within seconds that there is no network
-            url = hf_hub_url(repo_id, CONFIG_NAME, revision=hub_options.get("revision"))
-            get_hf_file_metadata(url, token=hub_options.get("token"), timeout=HUB_TIMEOUT)
-        if isinstance(cached, str) and not hub_options.get("force_download"):
-            return Path(cached)
-        return Path(hf_hub_download(repo_id, CONFIG_NAME, **hub_options))
-    except Exception as error:  # the hub's HTTP library, and with it its errors, differs between versions
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{repo_id}: no such folder or file, and not to be had from the hub: {reason}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from builders import CONFIG, ours, theirs
 from detr_fast.categories import COCO_PANOPTIC
-from detr_fast.checkpoint import CheckpointError, checkpoint, load_model, read_checkpoint, save_model
+from detr_fast.checkpoint import CheckpointError, download, load_model, read_checkpoint, save_model
 from detr_fast.checkpoint.dialects import plain_name, to_canonical, unprefixed
 from detr_fast.config import DetrConfig
 from detr_fast.detr.detector import build_detr
@@ -525,10 +525,10 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 def test_torch_hub_names(tmp_path: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     url, root = server
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(checkpoint, "TORCH_HUB_URL", f"{url}/")
+    monkeypatch.setattr(download, "TORCH_HUB_URL", f"{url}/")
     torch.save({"model": ours(masks=False).state_dict()}, root / "good")
     file = f"detr-r50-{hashlib.sha256((root / 'good').read_bytes()).hexdigest()[:8]}.pth"
-    monkeypatch.setitem(checkpoint.TORCH_HUB_FILES, "detr_resnet50", file)
+    monkeypatch.setitem(download.TORCH_HUB_FILES, "detr_resnet50", file)
     cached = tmp_path / "home" / "hub" / "checkpoints"
 
     with pytest.raises(CheckpointError, match=r"detr_resnet50: cannot download .*404"):
