@@ -16,6 +16,7 @@ from torch import Tensor
 
 from detr_fast import postprocess
 from detr_fast.checkpoint.download import hub_file
+from detr_fast.data.layout import panoptic_ids
 from detr_fast.files import write_atomic
 from detr_fast.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from detr_fast.resampling import transformers_resized_size
@@ -547,9 +548,8 @@ def _panoptic_target(name: str, segments: Sequence[dict[str, Any]], png: Path, s
     picture = read_image(png, exif=False)
     if _size_of(picture) != size:
         raise ValueError(f"{png}: must be as large as its image, {size[0]} x {size[1]}, got {_size_of(picture)}")
-    red, green, blue = np.moveaxis(np.asarray(picture, dtype=np.int64), -1, 0)
     ids = np.array([segment["id"] for segment in segments], dtype=np.int64)
-    masks = ((red + 256 * green + 65536 * blue) == ids[:, None, None]).astype(np.uint8)
+    masks = (panoptic_ids(picture) == ids[:, None, None]).astype(np.uint8)
     empty = [int(i) for i, found in zip(ids, masks.any(axis=(1, 2)), strict=True) if not found]
     if empty:
         raise ValueError(f"{png}: has no pixels of the segments {empty} of {name}")

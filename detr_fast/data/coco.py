@@ -15,10 +15,9 @@ from torch.utils.data import Dataset
 
 from detr_fast.categories import COCO_PANOPTIC, Category, palette_color
 from detr_fast.data import transforms as T
-from detr_fast.data.layout import Split, find_split, read_annotations
+from detr_fast.data.layout import Split, find_split, panoptic_ids, read_annotations
 from detr_fast.data.transforms import Target
 from detr_fast.images import IMAGENET_MEAN, IMAGENET_STD, read_image
-from detr_fast.postprocess import rgb_to_id
 
 LARGEST = 1e9  # of a coordinate or an area
 MAX_CATEGORY = 65535  # `DetrConfig.num_classes` is at most one more
@@ -275,14 +274,14 @@ class CocoPanoptic(CocoDataset):
         assert self.split.panoptic_pngs is not None
         path = self.split.panoptic_pngs / record.png
         try:
-            ids = rgb_to_id(np.asarray(read_image(path, exif=False)))
+            ids = panoptic_ids(read_image(path, exif=False))
         except (OSError, ValueError) as error:
             raise AnnotationError(str(error)) from error
         size = (record.image["width"], record.image["height"])
         if ids.shape[::-1] != size:
             raise AnnotationError(f"{path}: {_times(ids.shape[::-1])}, but the image has {_times(size)}")
         objects = [info for info in record.objects if not info.get("iscrowd", 0)]
-        segments = np.array([info["id"] for info in objects], dtype=np.int32)
+        segments = np.array([info["id"] for info in objects], dtype=np.uint32)
         masks = ids == segments[:, None, None]
         areas = [int(np.count_nonzero(mask)) for mask in masks]
         problems += [

@@ -23,7 +23,7 @@ class AveragePrecision:
     """COCO's average precision and recall; equal to pycocotools' for all images at once, without holding all results.
 
     Args:
-        instances: COCO's format for detection, "annotations" and "categories"; as `read_instances` checks it.
+        instances: COCO's format for detection, "annotations" and "categories"; as `check_instances` returns it.
         iou_type: "bbox" or "segm".
     """
 

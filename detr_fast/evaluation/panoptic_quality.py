@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from detr_fast.data.layout import panoptic_ids
+
 VOID = 0
 ID_BITS = 24
 ID_MASK = (1 << ID_BITS) - 1
@@ -232,8 +234,7 @@ def read_ids(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         if image.mode not in ("RGB", "RGBA"):
             raise PanopticFormatError(f"{path}: a panoptic PNG must be RGB, got mode {image.mode}")
-        pixels = image.tobytes("raw", "RGBX" if image.mode == "RGB" else "RGBA")  # 4 bytes a pixel: one integer
-        return np.frombuffer(pixels, "<u4").reshape(image.height, image.width) & ID_MASK
+        return panoptic_ids(image)
 
 
 def _segments(annotation: Mapping[str, Any], where: str, column: dict[int, int]) -> tuple[dict[int, int], np.ndarray]:
