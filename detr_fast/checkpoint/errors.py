@@ -1,4 +1,4 @@
-"""What every module of this room says when a checkpoint cannot be used."""
+"""The one error of this room, and the words of its messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ ACCEPTED = "a facebookresearch/detr .pth file, a transformers DETR folder, or a 
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used: one line that names it, what is wrong and, where that helps, what is accepted."""
+    """A checkpoint cannot be used. The message is one line with its name, the fault and, where that helps, the accepted
+    kinds of files."""
 
     def __init__(self, message: str):
         super().__init__(message.replace("\n", " "))  # names of files and parameters may have some

@@ -87,7 +87,7 @@ class _Ignored:
         pass
 
 
-# All that a pickle may name besides what torch.load(weights_only=True) allows. None of it is run: see `_Ignored`.
+# The objects that a pickle may name besides those of torch.load(weights_only=True). None of them runs: see `_Ignored`.
 _HARMLESS: list[Any] = [(argparse.Namespace, "argparse.Namespace")] + [
     (_Ignored, name)
     for name in (
@@ -100,7 +100,7 @@ _HARMLESS: list[Any] = [(argparse.Namespace, "argparse.Namespace")] + [
 
 
 def _load_torch(path: Path, size: int) -> dict[Any, Any]:
-    """A torch file, zip or legacy, without running what is in it or allocating what it claims."""
+    """The contents of a torch file, zip or legacy. No code in it runs; no tensor takes more memory than the file."""
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         with zipfile.ZipFile(path) as archive:

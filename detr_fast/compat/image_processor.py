@@ -59,7 +59,7 @@ class BatchFeature(dict):
 
 
 class DetrImageProcessor:
-    """Images, and COCO annotations with them, to what `DetrForObjectDetection` and `DetrForSegmentation` take.
+    """Images, with or without COCO annotations -> inputs of `DetrForObjectDetection` and `DetrForSegmentation`.
 
     Options and defaults are those of transformers' DetrImageProcessor, and so are the results, which its PIL processor
     (image_processing_pil_detr.py of 5.23, image_processing_detr.py of 4.57) gives bit for bit. Beyond it, images that
@@ -73,14 +73,14 @@ class DetrImageProcessor:
         resample: a `PIL.Image.Resampling`.
         do_rescale, rescale_factor: multiply pixels by the factor.
         do_normalize, image_mean, image_std: subtract the mean, divide by the standard deviation; one number, or three.
-        do_convert_annotations: boxes as (cx, cy, w, h) in [0, 1]; by default what `do_normalize` is.
+        do_convert_annotations: boxes as (cx, cy, w, h) in [0, 1]; by default as `do_normalize`.
         do_pad: pad at the right and bottom with zeros, after normalising, to the batch's largest size or to `pad_size`.
         pad_size: {"height", "width"}.
         max_size: the longest edge that goes with an int `size`; 1333 by default.
         pad_and_return_pixel_mask: `do_pad`'s old name.
 
     Raises:
-        ValueError, TypeError: an option out of what is accepted; the message names it.
+        ValueError, TypeError: an option with a value that is not accepted; the message names it.
     """
 
     model_input_names = ["pixel_values", "pixel_mask"]
@@ -126,7 +126,7 @@ class DetrImageProcessor:
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> DetrImageProcessor:
         """The options in preprocessor_config.json of a folder, beside a checkpoint file, or of a hub id.
 
-        Defaults where there is no such file; a .json file is read itself. `options` override what is read; `revision`,
+        Defaults where there is no such file; a .json file is read itself. `options` override the file's; `revision`,
         `token`, `cache_dir`, `local_files_only` and `force_download` are passed to the hub.
 
         Raises:
@@ -281,7 +281,7 @@ class DetrImageProcessor:
         return int(width * scale), int(height * scale)
 
     def _scale(self, picture: Image.Image | np.ndarray) -> np.ndarray:
-        """Rescales and normalises to [3, H, W]; 8-bit pixels through a table of what their 256 values become."""
+        """Rescales and normalises to [3, H, W]; 8-bit pixels through a table of the results for their 256 values."""
         if isinstance(picture, np.ndarray):
             return self._scale_values(picture)
         table = self._scale_values(np.tile(np.arange(256, dtype=np.uint8), (3, 1)))

@@ -41,8 +41,8 @@ def find_split(folder: str | os.PathLike[str], split: str | None = None) -> Spli
         split: such as "train2017"; None for a data set without splits, and for "val2017" of one that has them.
 
     Raises:
-        ValueError: the folder, or a part of the layout, is missing, or the data set has no splits and one is asked for;
-            the message names it.
+        ValueError: the folder, or a part of the layout, is missing, or the data set has no splits and `split`
+            is given; the message names it.
     """
     root = Path(folder)
     if not root.is_dir():

@@ -68,7 +68,7 @@ CHUNK = 32  # images a worker makes at a time
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it.
+    """A picture and its segments.
 
     Attributes:
         image: uint8 [H, W, 3], RGB.
@@ -573,7 +573,7 @@ def _pattern(rng: np.random.Generator, thing: _Thing) -> np.ndarray:
 
 
 def _expose(rng: np.random.Generator, image: np.ndarray, light: _Light) -> np.ndarray:
-    """What a camera makes of it, with noise: uint8 [H, W, 3]."""
+    """The scene as a camera's photograph, with noise: uint8 [H, W, 3]."""
     image *= light.color[:, None, None]
     noise = _normal() * np.float32(rng.uniform(1, 9))
     image += noise.take(rng.integers(0, LEVELS, image.shape, np.uint8))

@@ -61,7 +61,7 @@ LOGGED = ("class_error", "cardinality_error", *WEIGHTS)
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What decides a training; defaults are facebookresearch/detr's.
+    """The settings of a training; defaults are facebookresearch/detr's.
 
     Attributes:
         data: the data set's folder.
@@ -85,7 +85,7 @@ class TrainSettings:
         warmup: steps over which the rates grow linearly from 0.
         query_groups: sets of object queries that learn beside each other, of which the first is kept (Group DETR, Chen
             et al. 2023): an object then teaches as many queries at once. Boxes only: a mask head is trained afterwards.
-        ema: decay of a moving average of the weights, which is then what is saved; 0: none.
+        ema: decay of a moving average of the weights, which is then saved in their place; 0: none.
         amp: compute in bfloat16 what `DETR.compute_dtype` covers.
         size: pixels of the images' short side, the long one having at most 5 / 3 of them; None: as the config says.
         augment: "paper", "flip" or "none", as `training_transforms` takes it.
@@ -172,7 +172,7 @@ def world(device: torch.device) -> Iterator[World]:
         torch.distributed.destroy_process_group()
 
 
-# ---- what is trained, on what ----
+# ---- data set and first weights ----
 
 
 def open_dataset(settings: TrainSettings, config: DetrConfig) -> CocoDataset:
@@ -370,7 +370,7 @@ class Trainer:
         self.average = {name: x.clone() for name, x in model.state_dict().items()} if settings.ema else None
 
     def step(self, portions: Sequence[Batch]) -> dict[str, float]:
-        """One update from `accumulate` batches; returns what is logged.
+        """One update from `accumulate` batches; returns the numbers of the log.
 
         Raises:
             Diverged: a loss or gradient that is not finite; the weights are then as before.
@@ -570,7 +570,7 @@ def train(trainer: Trainer, dataset: CocoDataset, run: RunFolder, progress: bool
 
 
 def draw(trainer: Trainer, dataset: CocoDataset, run: RunFolder, epoch: int) -> None:
-    """Draws the curves so far, and what the model predicts on the data set's first images as they are."""
+    """Draws the curves so far, and the model's predictions on the data set's first images without augmentation."""
     run.save_picture("loss.png", curves(run.log()))
     predictor = Predictor(trainer.usable_model(), device="cpu", threshold=0.5)
     samples = []
@@ -597,7 +597,7 @@ def _note_problems(batch: Sequence[Batch], problems: list[str], settings: TrainS
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM; at the second, what was there before answers."""
+    """Collects the first SIGINT or SIGTERM; the second goes to the handler that was there before."""
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
