@@ -77,7 +77,7 @@ def hub_folder(repo: str, revision: str | None) -> Path:
 
 
 def _folder(repo: str, get: Callable[[str], Path | None]) -> Path | None:
-    """The folder of the files that `get` finds by name; None where one is missing."""
+    """The folder of config.json and the first kind of weights for which `get` has all files; None without one."""
     config = get(CONFIG_FILE)
     weights = next((path for name in HUB_WEIGHT_FILES if (path := get(name)) is not None), None) if config else None
     if config is None or weights is None:
@@ -107,7 +107,7 @@ def hub_file(
     """
     # imported here because it takes longer than the rest of the package together
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         cached = _cached_file(repo, name, revision=revision, cache_dir=cache_dir)
@@ -128,15 +128,20 @@ def hub_file(
             )
         )
     except Exception as error:  # the hub's HTTP library, and with it its errors, differs between versions
-        if isinstance(error, HFValidationError):
-            problem = "it is no hub id"
-        elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        elif isinstance(error, HfHubHTTPError):
-            problem = "the Hugging Face hub has no such model or does not give it"
-        else:
-            problem = "the Hugging Face hub cannot be reached for a model of that name"
-        raise CheckpointError(f"{repo}: no such folder or file, and {problem} ({reason(error)})") from error
+        problem = f"{_hub_problem(error)} ({reason(error)})"
+        raise CheckpointError(f"{repo}: no such folder or file, and {problem}") from error
+
+
+def _hub_problem(error: Exception) -> str:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if isinstance(error, HFValidationError):
+        return "it is no hub id"
+    if isinstance(error, HfHubHTTPError):
+        return "the Hugging Face hub has no such model or does not give it"
+    return "the Hugging Face hub cannot be reached for a model of that name"
 
 
 def _cached_file(repo: str, name: str, *, revision: str | None, cache_dir: str | Path | None) -> Path | None:

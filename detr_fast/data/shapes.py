@@ -65,6 +65,9 @@ TILE = 512  # side of the textures, which repeat; a power of two
 LEVELS = 256
 CHUNK = 32  # images a worker makes at a time
 
+_Part = tuple[Path, int, tuple[int, int], range]  # folder, seed, (height, width) and the images' indices
+_Annotations = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # panoptic, and of instances
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -170,9 +173,16 @@ def write_dataset(
     for name in ("images", "panoptic"):
         (out / name).mkdir(parents=True)
 
+    parts = [(out, seed, size, range(start, min(start + CHUNK, images))) for start in range(0, images, CHUNK)]
+    with tqdm(total=images, unit="image", disable=not progress) as bar:
+        annotations, instances = _write_parts(parts, workers, bar)
+    _write_annotations(out, images, seed, size, annotations, instances)
+
+
+def _write_parts(parts: list[_Part], workers: int, bar: tqdm) -> _Annotations:
+    """Writes the images of all parts; their panoptic and instance annotations, in order."""
     annotations: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
-    parts = [(out, seed, size, range(start, min(start + CHUNK, images))) for start in range(0, images, CHUNK)]
     pool = None
     if workers > 1:
         # the parent alone answers Ctrl-C, so that the workers print nothing
@@ -181,15 +191,25 @@ def write_dataset(
         pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore)
     try:
         done = pool.map(_write_part, parts) if pool else map(_write_part, parts)
-        with tqdm(total=images, unit="image", disable=not progress) as bar:
-            for part_annotations, part_instances in done:
-                annotations += part_annotations
-                instances += part_instances
-                bar.update(len(part_annotations))
+        for part_annotations, part_instances in done:
+            annotations += part_annotations
+            instances += part_instances
+            bar.update(len(part_annotations))
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
+    return annotations, instances
 
+
+def _write_annotations(
+    out: Path,
+    images: int,
+    seed: int,
+    size: tuple[int, int],
+    annotations: list[dict[str, Any]],
+    instances: list[dict[str, Any]],
+) -> None:
+    """Writes panoptic.json and instances.json."""
     height, width = size
     records = [
         {"id": index + 1, "file_name": f"{index + 1:06d}.jpg", "width": width, "height": height}
@@ -203,10 +223,8 @@ def write_dataset(
         write_json(out / f"{name}.json", content)
 
 
-def _write_part(
-    part: tuple[Path, int, tuple[int, int], range],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Writes some images; their panoptic and instance annotations."""
+def _write_part(part: _Part) -> _Annotations:
+    """Writes the images of one part; their panoptic and instance annotations."""
     out, seed, size, indices = part
     annotations, instances = [], []
     for index in indices:

@@ -15,7 +15,7 @@ from detr_fast.files import open_atomic, remove_temporary, write_atomic, write_j
 
 SETTINGS, LOG, CHECKPOINT, BAD = "settings.json", "log.jsonl", "checkpoint.pth", "bad_annotations.txt"
 
-# what may differ between a run and its resumption: how long and how, not what
+# settings that may differ between a training and its resumption
 MAY_CHANGE = ("epochs", "steps", "save_every", "workers", "device")
 
 
@@ -23,7 +23,7 @@ class RunFolder:
     """The folder of a training.
 
     `settings.json`, `log.jsonl` (a line for each step), `checkpoint.pth` (a model that `checkpoint.load_model` reads,
-    and under "training" what resuming needs), `loss.png`, `predictions/epoch_NNNN.jpg` and `bad_annotations.txt`.
+    and under "training" the state to resume from), `loss.png`, `predictions/epoch_NNNN.jpg` and `bad_annotations.txt`.
 
     Args:
         folder: made if missing.

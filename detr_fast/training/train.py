@@ -240,7 +240,7 @@ def starting_config(settings: TrainSettings, checkpoint: Checkpoint | None) -> t
 def initial_model(
     settings: TrainSettings, dataset: CocoDataset, checkpoint: Checkpoint | None
 ) -> tuple[DETR | DETRsegm, list[str]]:
-    """The model before the first step, and a line for each part that its checkpoint does not give.
+    """The model before the first step, and a line for each part that is not from its checkpoint.
 
     Raises:
         ValueError: a config and a checkpoint of different sizes, or too few classes for the data set.
@@ -295,7 +295,7 @@ def _load(model: DETR | DETRsegm, checkpoint: Checkpoint) -> list[str]:
 
 
 class LossModule(nn.Module):
-    """A model and its criterion as one module, so that DistributedDataParallel sees what it must."""
+    """A model and its criterion as one module, as DistributedDataParallel needs them."""
 
     def __init__(self, model: DETR | DETRsegm, criterion: SetCriterion, query_groups: int = 1):
         super().__init__()
@@ -330,7 +330,7 @@ def build_criterion(config: DetrConfig, aux_loss: bool = True) -> SetCriterion:
 
 
 class Trainer:
-    """A model with its optimiser and its average, and what a step does to them."""
+    """A model with its optimiser and its average, and the step that changes them."""
 
     def __init__(self, model: DETR | DETRsegm, settings: TrainSettings, world: World, images: int):
         self.model = model
@@ -441,7 +441,7 @@ class Trainer:
         torch._foreach_lerp_(averages, current, 1 - decay)
 
     def state(self) -> dict[str, Any]:
-        """Of a checkpoint: the model as it is to be used, and what resuming needs besides."""
+        """The contents of a checkpoint: the model for use, and under "training" the state to resume from."""
         weights = self.model.state_dict()
         training: dict[str, Any] = {"step": self.step_number, "optimizer": self.optimizer.state_dict()}
         usable = dict(self.average or weights)
@@ -492,7 +492,7 @@ def _add_query_groups(detr: DETR, groups: int) -> None:
 
 
 def rate_factor(settings: TrainSettings, step: int, total_steps: int, steps_per_epoch: float) -> float:
-    """What step `step` (from 0) multiplies the rates with."""
+    """The factor of the rates at step `step` (from 0)."""
     if step < settings.warmup:
         return (step + 1) / settings.warmup
     if settings.schedule == "cosine":
