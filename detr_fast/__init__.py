@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from detr_fast.detr.attention import decoder_attention as decoder_attention
     from detr_fast.detr.attention import encoder_attention as encoder_attention
     from detr_fast.detr.detector import DETR as DETR
-    from detr_fast.detr.detector import build_detr as build_detr
     from detr_fast.detr.nested import NestedTensor as NestedTensor
     from detr_fast.detr.nested import nested_tensor_from_tensor_list as nested_tensor_from_tensor_list
     from detr_fast.detr.segmentation import DETRsegm as DETRsegm
+    from detr_fast.detr.segmentation import build_detr as build_detr
     from detr_fast.evaluation.evaluate import evaluate as evaluate
     from detr_fast.explanation import Explanation as Explanation
     from detr_fast.explanation import explain as explain
@@ -67,7 +67,7 @@ _POSTPROCESS = ("PostProcess", "PostProcessSegm", "PostProcessPanoptic", "rgb_to
 # Each public name and the module it lives in; imported when first used, so that `import detr_fast` is quick.
 _HOME = {
     "DetrConfig": "config",
-    "build_detr": "detr.detector",
+    "build_detr": "detr.segmentation",
     "DETR": "detr.detector",
     "DETRsegm": "detr.segmentation",
     "NestedTensor": "detr.nested",

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import detr_fast
 
 if TYPE_CHECKING:
-    from detr_fast import ops
+    from detr_fast.kernels.common import Device
 
 DEFAULT_MODEL = "facebook/detr-resnet-50-panoptic"
 
@@ -653,10 +653,10 @@ def _info(args: argparse.Namespace) -> None:
         print("cuda: no device")
 
 
-def _explain(gpu: ops.Gpu | None) -> None:
-    from detr_fast import ops
+def _explain(device: Device | None) -> None:
+    from detr_fast.ops import choices
 
-    for operation, choice, reason in ops.explain(gpu):
+    for operation, choice, reason in choices.table(device):
         print(f"  {operation}: {choice} ({reason})")
 
 

@@ -29,14 +29,7 @@ Imports = dict[
 Edge = tuple[str, str]  # a file and one that it imports
 
 # Imports that the rules do not allow yet
-EXCEPTIONS: set[Edge] = {
-    ("detr.detector", "detr.segmentation"),
-    ("labeling.pipeline", ""),
-    ("labeling.results", ""),
-    ("reference", "detr.backbone"),
-    ("reference", "detr.segmentation"),
-    ("reference", "detr.transformer"),
-}
+EXCEPTIONS: set[Edge] = {("labeling.pipeline", ""), ("labeling.results", "")}
 
 
 def read_imports(root: Path) -> Imports:

@@ -25,8 +25,8 @@ from detr_fast.checkpoint.weights import (
     read_shards,
     read_tensors,
 )
-from detr_fast.detr.detector import DETR, build_detr
-from detr_fast.detr.segmentation import DETRsegm
+from detr_fast.detr.detector import DETR
+from detr_fast.detr.segmentation import DETRsegm, build_detr
 from detr_fast.files import open_atomic
 
 MODELS = Path(__file__).parents[1] / "models"

@@ -14,7 +14,7 @@ from detr_fast.checkpoint.dialects import Tensors
 from detr_fast.checkpoint.errors import ACCEPTED, CheckpointError, fail, listed
 from detr_fast.checkpoint.weights import CONFIG_FILE
 from detr_fast.config import RESNETS, DetrConfig
-from detr_fast.detr.detector import build_detr
+from detr_fast.detr.segmentation import build_detr
 
 # `DetrConfig` fields that shapes do not tell
 _FIELDS = ("nheads", "dilation", "dropout", "aux_loss", "image_size", "max_image_size")

@@ -14,9 +14,10 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 
+from detr_fast.images import Pixels
 from detr_fast.labeling.stages import MAX_PIXELS
 from detr_fast.labeling.workers import RESIDENT, SharedMemory, WorkerPool, anonymous_file
-from detr_fast.predictor import Pixels, Predictor
+from detr_fast.predictor import Predictor
 
 OPTIONS = ("dtype", "threshold", "mode", "batch_size", "class_thresholds", "size", "max_size")
 
@@ -69,10 +70,7 @@ class LocalEngine:
     def start(self, batch: Sequence[Slot]) -> Callable[[], list[Found]]:
         arrays = [self._memory.array(slot.number, slot.shape, slot.dtype) for slot in batch]
         wait = self._predictor.start_segments(
-            [
-                Pixels(torch.from_numpy(pixels), slot.size, slot.target)
-                for pixels, slot in zip(arrays, batch, strict=True)
-            ]
+            [Pixels(pixels, slot.size, slot.target) for pixels, slot in zip(arrays, batch, strict=True)]
         )
         return lambda: [self._place(slot, *segments) for slot, segments in zip(batch, wait(), strict=True)]
 
