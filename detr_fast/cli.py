@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # SIGINT too: scripts start their background jobs with it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # multiprocessing's Pythons would import from the current folder
     args = _parser().parse_args(argv)
     try:
         args.run(args)

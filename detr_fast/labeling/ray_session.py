@@ -17,9 +17,10 @@ import ray
 import ray.data
 import ray.data.exceptions
 import ray.exceptions
+from ray.job_config import JobConfig
 
 from detr_fast.labeling.interrupt import Interrupt
-from detr_fast.labeling.workers import PATIENCE
+from detr_fast.labeling.workers import PATIENCE, trusted_path
 
 ANSWER = 4.0  # seconds that RAY_ADDRESS has to answer
 START = 120.0  # seconds that Ray has to start or to let this process in
@@ -90,12 +91,23 @@ class _Connection:
 
     def _run(self) -> None:
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, job_config=_TrustedPath()
+            )
         except Exception as error:  # Ray raises this very class
             self._error = error
         self._begun.set()
         self._over.wait()
         ray.shutdown()
+
+
+class _TrustedPath(JobConfig):
+    """Ray adds this process's current folder to the sys.path of its workers, which would import what lies there."""
+
+    def _serialize(self) -> str:
+        trusted = {os.path.abspath(entry) for entry in trusted_path()}
+        self._py_driver_sys_path = [entry for entry in self._py_driver_sys_path if entry in trusted]
+        return super()._serialize()
 
 
 def _handle_sigterm() -> None:

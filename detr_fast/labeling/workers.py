@@ -8,7 +8,6 @@ every process is killed.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import pickle
@@ -43,12 +42,26 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
 
+# `python -c` puts the current folder first into sys.path: nothing but the built-in sys is imported before that is gone.
 COMMAND = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
+import sys
+sys.path[:] = sys.argv[2:]
 from detr_fast.labeling.workers import serve
-serve(int(sys.argv[2]))
+serve(int(sys.argv[1]))
 """
+
+
+def trusted_path() -> list[str]:
+    """sys.path without the current folder, which may hold anybody's files: `python -c`, `python -m` and a prompt put it
+    there. It stays if PYTHONPATH names it, or if this package or the running script lies in it."""
+    here = os.getcwd()
+    chosen = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    chosen.append(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
+    if script := getattr(sys.modules["__main__"], "__file__", None):
+        chosen.append(os.path.dirname(script))
+    if here in {os.path.abspath(folder) for folder in chosen}:
+        return [entry or here for entry in sys.path]
+    return [entry for entry in sys.path if os.path.abspath(entry) != here]
 
 
 class WorkerDied(Exception):
@@ -190,7 +203,7 @@ class WorkerPool:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, json.dumps(sys.path), str(theirs.fileno())],
+                [sys.executable, "-c", COMMAND, str(theirs.fileno()), *trusted_path()],
                 pass_fds=(theirs.fileno(), *self._descriptors),
                 stdin=subprocess.DEVNULL,
                 env={**ENVIRONMENT, **os.environ},
