@@ -20,7 +20,7 @@ DECOYS = (
     *("json", "pickle", "socket", "mmap", "tempfile", "subprocess", "signal", "threading", "selectors", "struct"),
     *("multiprocessing", "concurrent", "numpy", "PIL", "torch", "pyarrow", "tqdm", "scipy", "psutil", "decoy"),
 )
-SCRIPT = "import sys\nfrom detr_fast.cli import main\nsys.exit(main())\n"
+SCRIPT = "import sys\nfrom detr_fast.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
 
 
 @pytest.fixture(scope="module")
