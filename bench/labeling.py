@@ -163,16 +163,16 @@ def stage_times(sizes: Sizes) -> dict[str, float]:
         return call()
 
     with pictures(1, sizes.scale) as (images, out), torch.inference_mode():
-        reading = stages.Reading(True, predictor.size, predictor.max_size, raw=False)
+        reading = stages.Reading(True, predictor.size, predictor.max_size, on_device=False)
         found = timed("decode, resize", lambda: stages.decode(images / "000000.jpg", reading))
-        batch = [Pixels(torch.from_numpy(found.pixels), found.size, found.target)] * predictor.batch_size
+        batch = [Pixels(torch.from_numpy(found.array), found.size, found.target)] * predictor.batch_size
         samples = timed("normalise into the batch", lambda: predictor._samples(batch))
         best["normalise into the batch"] /= len(batch)
         outputs = predictor.model(samples, select=predictor.select)
         kept = outputs["pred_logits"][0, outputs["selected"][0]]
         masks = outputs["pred_masks"][0]
         ids, segments = timed("merge", lambda: predictor.merge(masks, kept, found.size, found.target))
-        writing = stages.Writing(out, FORMATS, None, 0, 8)
+        writing = stages.Writing(out, FORMATS, None, 0, predictor.model.config.num_classes)
         ids = ids.astype(np.uint8)
         encoded = timed("PNG, RLE", lambda: stages.encode("000000.jpg", ids, segments, writing))
         timed("write", lambda: encoded.write(out))

@@ -1,9 +1,9 @@
 """What a labeling run has done so far, on disk: run.json, once, and manifest.jsonl, one line an image.
 
-A line is `{"file", "settings", "width", "height", "segments_info", "rle"}` of an image that is labelled and
-`{"file", "settings", "error"}` of one that failed; it is written when the image's PNGs are safe on the disk. `file` is
-relative to the folder of images, `settings` the hash of what decides the labels. Lines are in the order in which images
-were done. The data set's JSON is made from them alone.
+A line is `{"file", "settings", "width", "height", "segments_info", ...}` of an image that is labelled, with the fields
+that the formats add ("rle"), and `{"file", "settings", "error"}` of one that failed; it is written when the image's
+files are safe on the disk. `file` is relative to the folder of images, `settings` the hash of what decides the labels.
+Lines are in the order in which images were done. The result files are made from them alone.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from detr_fast.files import open_atomic, sync, write_json
+from detr_fast.labeling import formats
 
-RESULTS = ("panoptic.json", "instances.json", "failures.jsonl", "report.html")  # written when all images are done
-PNG_FOLDERS = ("panoptic", "semantic")
+RESULTS = (*formats.RESULTS, "failures.jsonl", "report.html")  # written when all images are done
 KEY_LENGTH = 16  # hex digits of the hash of the settings
 SETTINGS = b', "settings": "'  # begins it in a line; nothing in a file's name can: there " has a \\ before it
 ERROR = b', "error": '
@@ -74,7 +74,7 @@ class Run:
 def occupied(out: Path) -> list[str]:
     """The names in the output folder that belong to a run."""
     files = [name for name in ("run.json", "manifest.jsonl", *RESULTS) if (out / name).exists()]
-    return files + [name for name in PNG_FOLDERS if (out / name).is_dir() and any((out / name).iterdir())]
+    return files + [name for name in formats.FOLDERS if (out / name).is_dir() and any((out / name).iterdir())]
 
 
 @contextmanager

@@ -42,7 +42,9 @@ def untrusted(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [[], ["--devices", "cpu,cpu"], ["--engine", "ray"]], ids=["local", "devices", "ray"])
+@pytest.mark.parametrize(
+    "options", [[], ["--devices", "cpu,cpu"], ["--engine", "ray"]], ids=["local", "devices", "ray"]
+)
 @pytest.mark.parametrize("way", ["script", "module"])
 def test_label_executes_nothing_from_the_folder(
     untrusted: Path, model: Path, tmp_path: Path, way: str, options: list[str]
