@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detr_fast.config import DetrConfig
-from detr_fast.detr.detector import build_detr
+from detr_fast.detr.segmentation import build_detr
 
 # (height, width) of a processed image: what most COCO photographs become, the nearest size that doubles at every
 # level of the mask head, and the largest

@@ -31,7 +31,7 @@ from bench.cases import REAL, Scale
 from bench.gpu_cases import BRAIN, HALF, NAMES, SINGLE, Case, Draw, mask_upsample_case, panoptic_merge_case
 from bench.op_cases import upsampled
 from detr_fast import ops
-from detr_fast.detr.detector import build_detr
+from detr_fast.detr.segmentation import build_detr
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {name: dtype for dtype, name in NAMES.items()}

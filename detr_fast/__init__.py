@@ -19,7 +19,7 @@ _POSTPROCESS = ("PostProcess", "PostProcessSegm", "PostProcessPanoptic", "rgb_to
 # Each public name and the module it lives in; imported when first used, so that `import detr_fast` is quick.
 _HOME = {
     "DetrConfig": "config",
-    "build_detr": "detr.detector",
+    "build_detr": "detr.segmentation",
     "DETR": "detr.detector",
     "DETRsegm": "detr.segmentation",
     "NestedTensor": "detr.nested",

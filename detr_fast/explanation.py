@@ -102,21 +102,21 @@ def explain(predictor: Predictor, image: ImageSource, points: Sequence[tuple[int
         ValueError, TypeError: no image, or a point outside of it.
     """
     prepared = predictor.prepare(image)
-    picture = prepared.image
+    picture = prepared.picture
     check_points(points, picture)
     (result,) = predictor.predict([prepared])
     model = predictor.model
     samples = image_to_tensor(picture, predictor.size, predictor.max_size)[None].to(predictor.device)
-    outputs = model(samples, select=predictor.select) if predictor.panoptic else model(samples)
+    outputs = predictor.forward(samples, predictor.select)
     selected = predictor.select(outputs["pred_logits"])
     places = [(x / picture.width, y / picture.height) for x, y in points]
     return Explanation(
         result=result,
         queries=selected[0].nonzero()[:, 0].cpu().numpy(),
-        attention=decoder_attention(model, samples, selected).cpu().numpy(),
+        attention=decoder_attention(model, samples, selected, predictor.dtype).cpu().numpy(),
         masks=outputs["pred_masks"][0].float().sigmoid().cpu().numpy() if predictor.panoptic else None,
         points=list(points),
-        point_attention=encoder_attention(model, samples, places)[0].cpu().numpy(),
+        point_attention=encoder_attention(model, samples, places, predictor.dtype)[0].cpu().numpy(),
     )
 
 

@@ -7,9 +7,8 @@ have those of transformers' DetrImageProcessor, 5.x first, then the calls that o
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,22 +17,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detr_fast import ops
-from detr_fast.ops.merge import (
-    IsThing,
-    argmax_of_planes,
-    is_thing,
-    pair,
-    panoptic_merge,
-    take,
-    upstream_panoptic_merge,
-)
+from detr_fast.ops.cells import argmax_of_planes
+from detr_fast.reference import Merged
 
 __all__ = [
     "PostProcess",
     "PostProcessPanoptic",
     "PostProcessSegm",
     "SemanticSegmentation",
-    "binary_masks",
     "id_to_rgb",
     "panoptic_merge",
     "post_process",
@@ -49,9 +40,10 @@ __all__ = [
 ]
 
 Sizes = Tensor | Sequence[Any]
+Size = tuple[int, int]  # (height, width)
+IsThing = Callable[[int], Any] | Mapping[int, Any]
 Array = TypeVar("Array", np.ndarray, Tensor)
 
-MASK_CHUNK = 1 << 24  # resized mask logits held at once by PostProcessSegm: 64 MiB in float32
 LAST_COCO_THING = 90  # in COCO's panoptic ids
 
 
@@ -89,12 +81,47 @@ def _sizes(name: str, sizes: Any, count: int) -> list[tuple[int, int]]:
     return [pair(f"{name}[{i}]", size) for i, size in enumerate(sizes)]
 
 
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """`value` as (height, width) in pixels, ints of at least 1. Raises TypeError or ValueError with `name`."""
+    items = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+    if not isinstance(items, tuple | list) or len(items) != 2:
+        raise ValueError(f"{name} must be (height, width), got {value!r}")
+    if not all(hasattr(item, "__index__") and not isinstance(item, bool) for item in items):
+        raise TypeError(f"{name} must hold two integers, got {value!r}")
+    height, width = (item.__index__() for item in items)
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must be at least 1 x 1, got {height} x {width}")
+    return height, width
+
+
+# ---- which queries are kept ----
+
+
+def class_scores(logits: Tensor) -> Tensor:
+    """The probabilities of the classes [...,C] from pred_logits [...,C+1], the last of which is no-object."""
+    return logits.softmax(-1)[..., :-1]
+
+
+def kept_queries(logits: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The one rule of keeping: a query is kept whose likeliest class is an object, and likelier than the threshold.
+
+    Args:
+        logits: pred_logits [...,C+1], the last of which is no-object.
+        threshold: of all classes, or of each and of no-object, [C+1].
+
+    Returns: scores and labels [...] of all queries, and bool [...], whether each is kept.
+    """
+    scores, labels = logits.softmax(-1).max(-1)
+    least = threshold[labels] if isinstance(threshold, Tensor) else threshold
+    return scores, labels, (labels != logits.shape[-1] - 1) & (scores > least)
+
+
 # ---- boxes ----
 
 
 def _boxes_and_scores(logits: Tensor, boxes: Tensor, target_sizes: Tensor | None) -> list[dict[str, Tensor]]:
     """Best class that is not no-object, its probability, and corner boxes scaled to `target_sizes` [B,2] (h, w)."""
-    scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+    scores, labels = class_scores(logits).max(-1)
     centre, extent = boxes.split(2, dim=-1)
     corners = torch.cat([centre - 0.5 * extent, centre + 0.5 * extent], dim=-1)
     if target_sizes is not None:
@@ -173,62 +200,18 @@ def _add_masks(
     if len(results) != len(masks):
         raise ValueError(f"results must have {len(masks)} entries, one for each image, got {len(results)}")
     padded = (max(height for height, _ in processed), max(width for _, width in processed))
-    if ops.uses_kernels(masks):
-        for result, binary in zip(results, _masks_at_once(masks, padded, processed, originals, threshold), strict=True):
-            result["masks"] = binary.unsqueeze(1)
-        return results
-    for result, logits, source, target in zip(results, masks, processed, originals, strict=True):
-        result["masks"] = torch.cat([part.cpu() for part in binary_masks(logits, padded, source, target, threshold)])
-        result["masks"] = result["masks"].unsqueeze(1)
+    binaries = ops.mask_upsample(list(masks), padded, processed, originals, threshold)
+    for result, binary in zip(results, binaries, strict=True):
+        result["masks"] = binary.cpu().unsqueeze(1)
     return results
 
 
-def _masks_at_once(
-    masks: Tensor,
-    padded: tuple[int, int],
-    processed: list[tuple[int, int]],
-    targets: list[tuple[int, int]],
-    threshold: float,
-) -> list[Tensor]:
-    """The binary masks [Q,H,W] of all images from one kernel, on the CPU."""
-    counts = [masks.shape[1]] * len(masks)
-    flat = torch.ops.detr_fast.mask_upsample(
-        masks.flatten(0, 1), counts, list(padded), _flat(processed), _flat(targets), threshold
-    ).cpu()
-    parts = flat.split([count * math.prod(size) for count, size in zip(counts, targets, strict=True)])
-    return [part.view(-1, *size) for part, size in zip(parts, targets, strict=True)]
-
-
-def _flat(sizes: Sequence[tuple[int, int]]) -> list[int]:
-    return [side for size in sizes for side in size]
-
-
-def binary_masks(
-    logits: Tensor,
-    padded_size: tuple[int, int],
-    processed_size: tuple[int, int],
-    target_size: tuple[int, int],
-    threshold: float = 0.5,
-) -> Iterator[Tensor]:
-    """`PostProcessSegm` of one image, some queries at a time: each part is uint8 [k,H,W], on the logits' device.
-
-    Arguments:
-        logits: mask logits [Q,h,w] over the padded image.
-        padded_size: (height, width) of the batch that the model saw.
-        processed_size: (height, width) of this image in it, at its top left.
-        target_size: (height, width) of the masks.
-        threshold: least probability of a pixel in a mask, exclusive.
-    """
-    height, width = processed_size
-    largest = max(math.prod(padded_size), math.prod(target_size))
-    shrinks = math.prod(target_size) < height * width  # then fewer pixels are left to judge
-    for chunk in logits.split(max(1, MASK_CHUNK // largest)):
-        large = F.interpolate(chunk[None], size=padded_size, mode="bilinear", align_corners=False)
-        large = large[:, :, :height, :width]
-        if shrinks:
-            yield (F.interpolate(large, size=target_size, mode="nearest").sigmoid() > threshold)[0].byte()
-        else:
-            yield F.interpolate((large.sigmoid() > threshold).byte(), size=target_size, mode="nearest")[0]
+def resize_and_crop(masks: Tensor, padded: Size, processed: Size) -> Tensor:
+    """Mask logits [K,h,w] over a padded batch, as those of the image at its top left, [K,*processed]; as they are where
+    nothing is padded."""
+    if padded == processed:
+        return masks
+    return F.interpolate(masks[None], size=padded, mode="bilinear")[0, :, : processed[0], : processed[1]]
 
 
 class PostProcessSegm(nn.Module):
@@ -292,18 +275,24 @@ def post_process_segmentation(
     logits, masks = _fields(outputs, logits=3, pred_masks=4)
     results = []
     sizes = _sizes("target_sizes", target_sizes, len(logits))
-    for kept, scores, labels, size in _kept_queries(logits, masks, threshold, sizes):
+    for (kept, scores, labels), size in zip(_kept(logits, masks, threshold), sizes, strict=True):
         large = F.interpolate(kept[:, None], size=size, mode="bilinear").squeeze(1)
         results.append({"scores": scores, "labels": labels, "masks": (large.sigmoid() > mask_threshold).long()})
     return results
 
 
-def _kept_queries(logits: Tensor, masks: Tensor, threshold: float, sizes: list[Any]) -> list[tuple[Any, ...]]:
-    """For each image the masks, scores and labels of its queries that are an object above `threshold`; and its size."""
-    scores, labels = logits.softmax(-1).max(-1)
-    keep = (labels != logits.shape[-1] - 1) & (scores > threshold)
-    images = zip(masks, scores, labels, keep, sizes, strict=True)
-    return [(mask[kept], score[kept], label[kept], size) for mask, score, label, kept, size in images]
+class Kept(NamedTuple):
+    """The kept queries of one image: masks [K,h,w], scores [K] and labels [K]."""
+
+    masks: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+def _kept(logits: Tensor, masks: Tensor, threshold: float) -> list[Kept]:
+    """Of each image, from pred_logits [B,Q,C+1] and pred_masks [B,Q,h,w]."""
+    images = zip(masks, *kept_queries(logits, threshold), strict=True)
+    return [Kept(mask[kept], score[kept], label[kept]) for mask, score, label, kept in images]
 
 
 # ---- one map from the weighted masks ----
@@ -334,7 +323,7 @@ def post_process_semantic_segmentation(
         TypeError, ValueError: a field is missing, or shapes do not fit.
     """
     logits, masks = _fields(outputs, logits=3, pred_masks=4)
-    scores = torch.einsum("bqc,bqhw->bchw", logits.softmax(-1)[..., :-1], masks.sigmoid())
+    scores = torch.einsum("bqc,bqhw->bchw", class_scores(logits), masks.sigmoid())
     sizes = None if target_sizes is None else _sizes("target_sizes", target_sizes, len(logits))
     results: list[Any] = []
     for i, image in enumerate(scores):
@@ -406,80 +395,27 @@ def post_process_panoptic_segmentation(
     count = len(logits)
     sizes = [None] * count if target_sizes is None else _sizes("target_sizes", target_sizes, count)
     fuse = set() if label_ids_to_fuse is None else set(label_ids_to_fuse)
-    kept = _kept_queries(logits, masks, threshold, sizes)
-    given, thresholds = (masks.shape[-2], masks.shape[-1]), (mask_threshold, overlap_mask_area_threshold)
-    if ops.uses_kernels(masks):
-        return _weighted_merges_at_once(kept, fuse, given, thresholds)
-    return [_weighted_merge(m, s, c, size or given, fuse, thresholds) for m, s, c, size in kept]
+    kept = _kept(logits, masks, threshold)
+    targets = [size or (masks.shape[-2], masks.shape[-1]) for size in sizes]
+    fused = torch.tensor([label in fuse for label in range(logits.shape[-1])], device=masks.device)
+    all_masks, scores, labels = ([getattr(image, name) for image in kept] for name in Kept._fields)
+    thresholds = (mask_threshold, overlap_mask_area_threshold)
+    merges = ops.weighted_merge(all_masks, scores, labels, fused, targets, *thresholds)
+    merged = merges.images([len(image.labels) for image in kept], targets)
+    return [_weighted_result(*image, fuse) for image in zip(merged, kept, strict=True)]
 
 
-def _weighted_merge(
-    masks: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    size: tuple[int, int],
-    fuse: set[int],
-    thresholds: tuple[float, float],
-) -> dict[str, Any]:
-    """One image's result from its kept queries."""
-    mask_threshold, overlap_threshold = thresholds
-    if len(masks) == 0:
-        return {"segmentation": torch.full(size, -1.0), "segments_info": []}
-    weighted = masks.sigmoid()
-    if size != tuple(masks.shape[-2:]):
-        weighted = F.interpolate(weighted[None], size=size, mode="bilinear", align_corners=False)[0]
-    weighted *= scores[:, None, None]
-    winners = argmax_of_planes(weighted, len(weighted))
-    won = torch.bincount(winners.flatten(), minlength=len(weighted))
-    own = torch.stack([(mask >= mask_threshold).sum() for mask in weighted])
-    # 0 / 0 is NaN, which is above nothing; the quotient is float32, so that 4 / 5 is above 0.8
-    large = ((own > 0) & (won > 0)).tolist()
-    ratios = (won / own).tolist()
-    accepted = [ok and ratio > overlap_threshold for ok, ratio in zip(large, ratios, strict=True)]
-    ids, segments = _number_segments(accepted, scores.tolist(), labels.tolist(), fuse)
-    return {"segmentation": take(np.array(ids), winners), "segments_info": segments}
-
-
-def _weighted_merges_at_once(
-    kept: list[tuple[Any, ...]], fuse: set[int], given: tuple[int, int], thresholds: tuple[float, float]
-) -> list[dict[str, Any]]:
-    """`_weighted_merge` of all images by kernels that wait for the device once."""
-    masks, scores, labels = (torch.cat(parts) for parts in list(zip(*kept, strict=True))[:3])
-    sizes: list[tuple[int, int]] = [size or given for *_, size in kept]
-    counts = [len(image[0]) for image in kept]
-    classes = labels.tolist()
-    table = torch.tensor([c in fuse for c in range(max(classes, default=0) + 1)], device=masks.device)
-    ids, segment, *_ = torch.ops.detr_fast.weighted_merge(
-        masks, scores, labels, table, counts, _flat(sizes), *thresholds
-    )
-    per_image = zip(*(torch.split(x, counts) for x in (segment.cpu(), scores.cpu(), labels.cpu())), strict=True)
-    results = []
-    maps = ids.split([math.prod(size) for size in sizes])
-    for map_, size, (numbers, score, label) in zip(maps, sizes, per_image, strict=True):
-        if len(numbers) == 0:
-            results.append({"segmentation": torch.full(size, -1.0), "segments_info": []})
-            continue
-        accepted = [number > 0 for number in numbers.tolist()]
-        _, segments = _number_segments(accepted, score.tolist(), label.tolist(), fuse)
-        results.append({"segmentation": map_.view(size).int(), "segments_info": segments})
-    return results
-
-
-def _number_segments(
-    accepted: list[bool], scores: list[float], labels: list[int], fuse: set[int]
-) -> tuple[list[int], list[dict[str, Any]]]:
-    """The id of each query's segment, 0 if it is not accepted, and the segments' descriptions."""
-    ids, segments, current = [0] * len(accepted), [], 0
-    id_of_class: dict[int, int] = {}
-    for k, (score, label) in enumerate(zip(scores, labels, strict=True)):
-        if not accepted[k]:
-            continue
-        current = id_of_class.get(label, current + 1)
-        ids[k] = current
-        segments.append({"id": current, "label_id": label, "was_fused": label in fuse, "score": round(score, 6)})
-        if label in fuse:
-            id_of_class[label] = current
-    return ids, segments
+def _weighted_result(merged: Merged, kept: Kept, fuse: set[int]) -> dict[str, Any]:
+    """transformers' result of one image."""
+    if len(kept.labels) == 0:
+        return {"segmentation": torch.full(merged.ids.shape, -1.0), "segments_info": []}
+    queries = zip(merged.segment.tolist(), kept.labels.tolist(), kept.scores.tolist(), strict=True)
+    segments = [
+        {"id": segment, "label_id": label, "was_fused": label in fuse, "score": round(score, 6)}
+        for segment, label, score in queries
+        if segment > 0
+    ]
+    return {"segmentation": merged.ids.int(), "segments_info": segments}
 
 
 def _run_lengths(segmentation: Tensor) -> list[list[int]]:
@@ -488,6 +424,186 @@ def _run_lengths(segmentation: Tensor) -> list[list[int]]:
     starts = np.flatnonzero(np.diff(pixels, prepend=pixels[0] - 1))
     runs = np.stack([starts + 1, np.diff(starts, append=len(pixels))], axis=1)
     return [runs[pixels[starts] == i].flatten().tolist() for i in np.unique(pixels[starts])]
+
+
+# ---- the panoptic merges of one image ----
+
+
+def is_thing(isthing: IsThing, label: int) -> Any:
+    """Look `label` up in `isthing`, a function or a mapping; ValueError if the mapping lacks it."""
+    if callable(isthing):
+        return isthing(label)
+    try:
+        return isthing[label]
+    except (KeyError, IndexError):
+        raise ValueError(f"is_thing_map has no entry for class {label}, which was detected") from None
+
+
+def thing_table(labels: Tensor, isthing: IsThing) -> Tensor:
+    """bool [C], whether a class is a thing, for those among `labels`; on the CPU."""
+    things = {label: bool(is_thing(isthing, label)) for label in set(labels.tolist())}
+    return torch.tensor([things.get(label, False) for label in range(1 + max(things, default=0))])
+
+
+class Segment(NamedTuple):
+    """One segment of a merge.
+
+    Attributes:
+        score: the largest of its queries.
+        area: its pixels.
+        bbox: the tight [x, y, width, height] of them.
+    """
+
+    id: int
+    category_id: int
+    score: float
+    area: int
+    bbox: list[int]
+
+
+def segments_of(merged: Merged, scores: Tensor, labels: Tensor) -> list[Segment]:
+    """The segments of a merge in order of their ids, from what it says of each kept query [K]; all on the CPU."""
+    found: dict[int, Segment] = {}
+    queries = (x.tolist() for x in (merged.segment, labels, scores, merged.area, merged.box))
+    for segment, label, score, area, (left, top, right, bottom) in zip(*queries, strict=True):
+        if segment < 0:
+            continue
+        corners = (left, top, right, bottom)
+        if (before := found.get(segment)) is not None:
+            label, score, area = before.category_id, max(score, before.score), area + before.area
+            corners = (*map(min, corners[:2], before.bbox[:2]), *map(max, corners[2:], before.bbox[2:]))
+        found[segment] = Segment(segment, label, score, area, list(corners))
+    by_id = (found[segment] for segment in sorted(found))
+    return [s._replace(bbox=[*s.bbox[:2], s.bbox[2] - s.bbox[0], s.bbox[3] - s.bbox[1]]) for s in by_id]
+
+
+def corrected_segments(merged: Merged, scores: Tensor, labels: Tensor, isthing: IsThing) -> list[dict[str, Any]]:
+    """`segments_info` of the corrected merge; all on the CPU."""
+    return [
+        {
+            "id": segment.id,
+            "category_id": segment.category_id,
+            "isthing": bool(is_thing(isthing, segment.category_id)),
+            "score": segment.score,
+            "area": segment.area,
+            "bbox": segment.bbox,
+        }
+        for segment in segments_of(merged, scores, labels)
+    ]
+
+
+def _upstream_segments(merged: Merged, kept: Kept, isthing: IsThing) -> list[dict[str, Any]]:
+    """`segments_info` as facebookresearch/detr has it."""
+    on_host = Merged(merged.ids, *(x.cpu() for x in merged[1:]))
+    return [
+        {
+            "id": segment.id,
+            "isthing": is_thing(isthing, segment.category_id),
+            "category_id": segment.category_id,
+            "area": segment.area,
+        }
+        for segment in segments_of(on_host, kept.scores.cpu(), kept.labels.cpu())
+    ]
+
+
+def _check(pred_masks: Tensor, scores: Tensor, labels: Tensor) -> None:
+    for name, value in (("pred_masks", pred_masks), ("scores", scores), ("labels", labels)):
+        if not isinstance(value, Tensor) or value.is_floating_point() != (name != "labels"):
+            kind = "an integer" if name == "labels" else "a floating point"
+            raise TypeError(f"{name} must be {kind} tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    if pred_masks.ndim != 3 or 0 in pred_masks.shape[1:]:
+        raise ValueError(f"pred_masks must be [K, h, w], got {list(pred_masks.shape)}")
+    if tuple(scores.shape) != tuple(labels.shape) or tuple(labels.shape) != (len(pred_masks),):
+        raise ValueError(
+            f"scores and labels must be [{len(pred_masks)}], one for each of pred_masks, "
+            f"got {list(scores.shape)} and {list(labels.shape)}"
+        )
+
+
+@torch.no_grad()
+def upstream_panoptic_merge(
+    pred_masks: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    processed_size: Sequence[int],
+    target_size: Sequence[int],
+    isthing: IsThing,
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The panoptic merge of facebookresearch/detr's PostProcessPanoptic (models/segmentation.py), flaws included.
+
+    Padding is not cropped: the logits are resized straight to the processed size. Stuff segments of one class are
+    merged only to count the first areas: all but the first are then removed, and their pixels go to the next best
+    query; the first is removed too if it is left with at most 4 pixels. Ids start at 0, which is also the id where
+    nothing is found.
+
+    Arguments:
+        pred_masks: mask logits of the kept queries [K,h,w].
+        scores, labels: of the kept queries, [K]; upstream's result does not depend on the scores.
+        processed_size, target_size: (height, width) of the image as the model saw it, and of the result.
+        isthing: mapping or function from class to whether it is a thing.
+
+    Returns:
+        Ids int32 [H,W], and a list of {"id", "isthing", "category_id", "area"} in order of the ids.
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit, or a class that `isthing` lacks.
+    """
+    _check(pred_masks, scores, labels)
+    processed, target = pair("processed_size", processed_size), pair("target_size", target_size)
+    kept = Kept(pred_masks, scores, labels)
+    merged = _merge(kept, processed, processed, target, isthing, False)
+    return merged.ids.int(), _upstream_segments(merged, kept, isthing)
+
+
+@torch.no_grad()
+def panoptic_merge(
+    pred_masks: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    padded_size: Sequence[int],
+    processed_size: Sequence[int],
+    target_size: Sequence[int],
+    isthing: IsThing,
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The corrected panoptic merge: padding cropped, one segment for each stuff class, ids from 1 and 0 for void.
+
+    Every pixel of the processed image goes to the query with the largest logit, ties to the lower index; the target
+    takes its pixels as PIL's NEAREST resize does. Segments of at most 4 target pixels are removed and their pixels go
+    to the next best query, until none is left. 0 appears only where nothing is kept at all. Memory on a CPU: a few
+    integer maps of the target or the processed image, whichever is smaller, the masks in int16, and some 50 MiB.
+
+    Arguments:
+        pred_masks: mask logits of the kept queries [K,h,w], over the whole padded image.
+        scores, labels: of the kept queries, [K].
+        padded_size: (height, width) of the batch that the model saw.
+        processed_size: (height, width) of this image in it, at its top left.
+        target_size: (height, width) of the result.
+        isthing: mapping or function from class to whether it is a thing.
+
+    Returns:
+        Ids int32 [H,W], on the device of `pred_masks`, and a list of
+        {"id", "category_id", "isthing", "score", "area", "bbox"} in order of the ids: the score of a merged segment is
+        the largest of its queries', area counts target pixels, bbox is their tight [x, y, width, height].
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit, or a class that `isthing` lacks.
+    """
+    _check(pred_masks, scores, labels)
+    padded, processed = pair("padded_size", padded_size), pair("processed_size", processed_size)
+    target = pair("target_size", target_size)
+    if processed[0] > padded[0] or processed[1] > padded[1]:
+        raise ValueError(f"processed_size must lie within padded_size {padded}, got {processed}")
+    merged = _merge(Kept(pred_masks, scores, labels), padded, processed, target, isthing, True)
+    on_host = Merged(merged.ids, *(x.cpu() for x in merged[1:]))
+    return merged.ids.int(), corrected_segments(on_host, scores.cpu(), labels.cpu(), isthing)
+
+
+def _merge(kept: Kept, resized: Size, processed: Size, target: Size, isthing: IsThing, merge_for_good: bool) -> Merged:
+    things = thing_table(kept.labels, isthing).to(kept.masks.device)
+    merges = ops.panoptic_merge([kept.masks], [kept.labels], things, [resized], [processed], [target], merge_for_good)
+    return merges.images([len(kept.labels)], [target])[0]
 
 
 # ---- the panoptic PNG ----
@@ -557,42 +673,13 @@ def _panoptic(
     _probability("threshold", threshold)
     processed = _sizes("processed_sizes", processed_sizes, len(logits))
     targets = processed if target_sizes is None else _sizes("target_sizes", target_sizes, len(logits))
-    kept = _kept_queries(logits, masks, threshold, list(zip(processed, targets, strict=True)))
-    if ops.uses_kernels(masks):
-        merged = _upstream_merges_at_once(kept, isthing)
-    else:
-        merged = [
-            upstream_panoptic_merge(*image, processed_size=source, target_size=target, isthing=isthing)
-            for *image, (source, target) in kept
-        ]
-    return [{"png_string": _png(ids), "segments_info": segments} for ids, segments in merged]
-
-
-def _upstream_merges_at_once(
-    kept: list[tuple[Any, ...]], isthing: IsThing
-) -> list[tuple[Tensor, list[dict[str, Any]]]]:
-    """`upstream_panoptic_merge` of all images by kernels that wait for the device once."""
-    masks, _, labels = (torch.cat(parts) for parts in list(zip(*kept, strict=True))[:3])
-    counts = [len(image[0]) for image in kept]
-    processed, targets = zip(*(sizes for *_, sizes in kept), strict=True)
-    classes = labels.tolist()
-    things = {c: is_thing(isthing, c) for c in set(classes)}
-    table = torch.tensor([bool(things.get(c)) for c in range(max(classes, default=0) + 1)], device=masks.device)
-    sizes = _flat(processed)
-    merge = torch.ops.detr_fast.panoptic_merge
-    ids, *queries = merge(masks, labels, table, counts, sizes, sizes, _flat(targets), False)
-    segment, area, label = (x.cpu().split(counts) for x in (*queries[:2], labels))
-    maps = ids.int().split([math.prod(size) for size in targets])
+    kept = _kept(logits, masks, threshold)
+    queries = ([image.masks for image in kept], [image.labels for image in kept])
+    things = thing_table(torch.cat(queries[1]), isthing)
+    merges = ops.panoptic_merge(*queries, things.to(masks.device), processed, processed, targets, False)
     return [
-        (
-            map_.view(size),
-            [
-                {"id": i, "isthing": things[c], "category_id": c, "area": a}
-                for i, c, a in zip(*(x.tolist() for x in image), strict=True)
-                if i >= 0
-            ],
-        )
-        for map_, size, *image in zip(maps, targets, segment, label, area, strict=True)
+        {"png_string": _png(merged.ids), "segments_info": _upstream_segments(merged, image, isthing)}
+        for merged, image in zip(merges.images([len(image.labels) for image in kept], targets), kept, strict=True)
     ]
 
 

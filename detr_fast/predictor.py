@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,44 +21,35 @@ from torch import Tensor
 from detr_fast import ops, visualize
 from detr_fast.categories import categories_for
 from detr_fast.checkpoint import load_model
-from detr_fast.detr.detector import DETR
+from detr_fast.detr.detector import DETR, Samples
 from detr_fast.detr.graphs import Graphs, Recorder
 from detr_fast.detr.segmentation import DETRsegm
-from detr_fast.images import ImageSource, normalise, panoptic_png, pixels_of, read_image, resized_for_normalise
-from detr_fast.postprocess import (
-    panoptic_merge,
-    post_process_panoptic_segmentation,
-    upstream_panoptic_merge,
-)
+from detr_fast.images import ImageSource, Pixels, normalise, panoptic_png, prepare, read_image
+from detr_fast.postprocess import Kept, kept_queries, resize_and_crop, segments_of
 from detr_fast.preprocess import batch_of_size
-from detr_fast.resampling import resized_size
+from detr_fast.reference import Merged
 
 Segments = tuple[np.ndarray | None, list[dict[str, Any]]]
+Size = tuple[int, int]  # (height, width)
 
 MODES = ("corrected", "detr", "transformers")
+TRANSFORMERS_THRESHOLDS = (0.5, 0.8)  # of masks and of overlaps: the defaults of its post-processing
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """What is sent to the device of an image.
-
-    Attributes:
-        tensor: uint8, as `images.resized_for_normalise` gives it; for a GPU, which resizes it itself, [H, W, 3].
-        size: (h, w), as the model sees it.
-        target: (H, W), as the image is and its segmentation shall be.
-    """
-
-    tensor: Tensor
-    size: tuple[int, int]
-    target: tuple[int, int]
+# What `segments_info` has in each mode; upstream's merge knows no scores.
+KEYS = {
+    "corrected": ("id", "category_id", "isthing", "score", "area", "bbox"),
+    "detr": ("id", "isthing", "category_id", "area", "bbox"),
+    "transformers": ("id", "category_id", "isthing", "score", "area", "bbox"),
+}
 
 
-@dataclass(frozen=True)
-class PreparedImage(Pixels):
-    """An image as read, RGB, and what is sent to the device."""
+class Prepared(NamedTuple):
+    """An image as read, RGB, and what is sent to the model of it."""
 
-    image: Image.Image
+    picture: Image.Image
+    pixels: Pixels
 
 
 @dataclass(frozen=True)
@@ -101,10 +95,13 @@ class PanopticResult:
 class Predictor:
     """A model with everything around it: reading, resizing, batching and merging.
 
+    Any number of threads may call it at once, also several Predictors of one model: each call gives its own result.
+
     Args:
         model: a `DETR` or `DETRsegm`; put into eval mode and moved to `device`.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N" or a torch.device.
-        dtype: what the model computes in: "fp32", "bf16", "fp16", the torch.dtype, or "auto": fp16 on a GPU, else fp32.
+        dtype: of the model's convolutions and GEMMs: "fp32", "bf16", "fp16", the torch.dtype, or "auto": fp16 on a GPU,
+            else fp32.
         threshold: least score of a query that counts, in [0, 1].
         class_thresholds: by class id, where it differs from `threshold`.
         mode: how the masks become segments. "corrected" is facebookresearch/detr's merge without its flaws: the parts
@@ -165,9 +162,10 @@ class Predictor:
         self._named = {category["id"]: category for category in self.categories}
         self._by_class = {index: unnamed_category(index) for index in range(model.config.num_classes)} | self._named
         self._on_gpu = self.device.type == "cuda"
-        recorded = self._on_gpu and ops.HAS_KERNELS and isinstance(model, DETRsegm)
-        self._graphs = Graphs(cast(DETRsegm, model), self.select, Recorder()) if recorded else None
-        self._batch = torch.empty(0)
+        recorded = self._on_gpu and ops.HAS_TRITON and isinstance(model, DETRsegm)
+        self._graphs = Graphs(cast(DETRsegm, model), self.select, Recorder(), self.dtype) if recorded else None
+        # a graph's inputs and outputs are overwritten by the next batch, whichever thread starts it
+        self._turn = threading.Lock() if recorded else nullcontext()
         self._uploads = torch.cuda.Stream(self.device) if self._on_gpu else None
         self._is_thing = {index: bool(category["isthing"]) for index, category in self._by_class.items()}
         things = [self._is_thing.get(index, False) for index in range(1 + max(self._is_thing))]
@@ -199,19 +197,14 @@ class Predictor:
             return self.predict([self.prepare(image) for image in images])
         return self.predict([self.prepare(cast(ImageSource, images))])[0]
 
-    def prepare(self, image: ImageSource) -> PreparedImage:
+    def prepare(self, image: ImageSource) -> Prepared:
         """Reads one image and resizes it; what is raised is raised here, before the model runs."""
         return self.prepare_picture(read_image(image))
 
-    def prepare_picture(self, picture: Image.Image) -> PreparedImage:
+    def prepare_picture(self, picture: Image.Image) -> Prepared:
         """The same of a picture as `read_image` gives it, whatever EXIF orientation it still carries."""
-        target = (picture.height, picture.width)
-        width, height = resized_size(*picture.size, self.size, self.max_size)
-        if self._on_gpu:
-            tensor = torch.from_numpy(pixels_of(picture)).pin_memory()
-        else:
-            tensor = torch.from_numpy(resized_for_normalise(picture, width, height))
-        return PreparedImage(tensor, (height, width), target, picture)
+        allocate = _pinned if self._on_gpu else np.empty
+        return Prepared(picture, prepare(picture, self.size, self.max_size, self._on_gpu, allocate))
 
     def stream(self, images: Iterable[ImageSource]) -> Iterator[PanopticResult]:
         """The results of any number of images, in their order. While the model computes, the next ones are read; at
@@ -237,15 +230,11 @@ class Predictor:
             readers.shutdown(cancel_futures=True)
 
     @torch.inference_mode()
-    def predict(self, prepared: Sequence[PreparedImage]) -> list[PanopticResult]:
+    def predict(self, prepared: Sequence[Prepared]) -> list[PanopticResult]:
         """The results of prepared images, in their order; none for none."""
-        with torch.cuda.device(self.device if self._on_gpu else -1):  # whose streams and events are meant
-            return self._predict(prepared)
-
-    def _predict(self, prepared: Sequence[PreparedImage]) -> list[PanopticResult]:
-        by_size: dict[tuple[int, int], list[int]] = {}
+        by_size: dict[Size, list[int]] = {}
         for index, image in enumerate(prepared):
-            by_size.setdefault(image.size, []).append(index)
+            by_size.setdefault(image.pixels.size, []).append(index)
         results: dict[int, PanopticResult] = {}
         finish: Callable[[], None] | None = None
         for indices in by_size.values():
@@ -259,51 +248,78 @@ class Predictor:
         return [results[index] for index in range(len(prepared))]
 
     def _start(
-        self, prepared: Sequence[PreparedImage], indices: list[int], results: dict[int, PanopticResult]
+        self, prepared: Sequence[Prepared], indices: list[int], results: dict[int, PanopticResult]
     ) -> Callable[[], None]:
         """Computes a batch; what is returned makes its results, once the device is done."""
-        batch = [prepared[index] for index in indices]
-        outputs = self._forward(batch)
-        found = Download(outputs["selected"], outputs["pred_logits"].float(), outputs["pred_boxes"].float())
-        merged = self._merged(batch, outputs)
+        wait = self._begin([prepared[index].pixels for index in indices], "selected", "pred_logits", "pred_boxes")
 
         def finish() -> None:
-            selected, logits, boxes = found.tensors()
-            segments = merged()
+            (selected, logits, boxes), segments = wait()
             for row, index in enumerate(indices):
                 kept = selected[row]
-                results[index] = self._result(prepared[index].image, logits[row, kept], boxes[row, kept], segments[row])
+                found = (logits[row, kept].float(), boxes[row, kept].float())
+                results[index] = self._result(prepared[index].picture, *found, segments[row])
 
         return finish
 
     @torch.inference_mode()
     def start_segments(self, batch: Sequence[Pixels]) -> Callable[[], list[Segments]]:
         """Begins with a batch of images that have one `size`; what is returned waits for the device, and gives each
-        image's ids int32 [H, W] and `segments_info`. All that labeling needs of a result."""
-        with torch.cuda.device(self.device if self._on_gpu else -1):
-            return self._merged(batch, self._forward(batch))
+        image's ids [H, W], in a small integer dtype, and `segments_info`. All that labeling needs of a result."""
+        wait = self._begin(batch)
+        return lambda: wait()[1]
 
-    def _forward(self, batch: Sequence[Pixels]) -> dict[str, Any]:
-        self.model.compute_dtype = self.dtype  # another Predictor may share the model
-        samples = self._samples(batch)
-        if self._graphs is not None:
-            return self._graphs(samples)
-        if self.panoptic:
-            return self.model(samples, select=self.select)
-        outputs = self.model(samples)
-        return {**outputs, "selected": self.select(outputs["pred_logits"])}
+    def _begin(self, batch: Sequence[Pixels], *names: str) -> Callable[[], tuple[list[Tensor], list[Segments]]]:
+        """Computes a batch; what is returned waits for the device, and gives the named outputs and the segments."""
+        with self._on_device(), self._turn:
+            outputs = self.forward(self._samples(batch))
+            found = Download(*(outputs[name] for name in names))
+            if not self.panoptic:
+                return lambda: (found.tensors(), [(None, []) for _ in batch])
+            processed, targets = ([getattr(image, name) for image in batch] for name in ("size", "target"))
+            segments = self.start_merges(self.kept(outputs), batch[0].size, processed, targets)
+        return lambda: (found.tensors(), segments())
+
+    def forward(self, samples: Samples, select: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
+        """The model's outputs for samples, as `DETRsegm.forward` takes them, on this Predictor's device.
+
+        Args:
+            select: as for `DETRsegm.forward`; None: the queries above the thresholds.
+
+        Returns: what the model returns; "selected", bool [B, Q]; and of a panoptic model "index", int64 [N]: the
+            selected queries, counted through the batch.
+        """
+        with self._on_device():
+            if (
+                self._graphs is not None
+                and select is None
+                and isinstance(samples, Tensor)
+                and ops.uses_kernels(samples)
+            ):
+                return self._graphs(samples)
+            select = select or self.select
+            own = next(self.model.parameters()).dtype  # in which a subclass need not take the argument
+            options = {} if self.dtype == own else {"dtype": self.dtype}
+            if not self.panoptic:
+                outputs = self.model(samples, **options)
+                return {**outputs, "selected": select(outputs["pred_logits"])}
+            outputs = self.model(samples, select=select, **options)
+            return {**outputs, "index": outputs["selected"].flatten().nonzero()[:, 0]}
+
+    def _on_device(self) -> Any:
+        """Whose streams and events are meant within it."""
+        return torch.cuda.device(self.device if self._on_gpu else -1)
 
     def _samples(self, batch: Sequence[Pixels]) -> Tensor:
+        """[B, 3, h, w], normalised. On a CPU the next batch of this thread overwrites it."""
         if self._uploads is None:
-            shape = (len(batch), *batch[0].size, 3)  # the order in memory that the model's convolutions want
-            if self._batch.shape != shape:  # new memory for each batch costs more in page faults than the work
-                self._batch = torch.empty(shape)
-            for image, out in zip(batch, self._batch.numpy(), strict=True):
-                normalise(image.tensor.numpy(), out)
-            return self._batch.permute(0, 3, 1, 2)
+            out = _batches.of(self, (len(batch), *batch[0].size, 3))  # as the convolutions have it in memory
+            for image, row in zip(batch, out.numpy(), strict=True):
+                normalise(image.array, row)
+            return out.permute(0, 3, 1, 2)
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._uploads):
-            pictures = [image.tensor.to(self.device, non_blocking=True) for image in batch]
+            pictures = [torch.from_numpy(image.array).to(self.device, non_blocking=True) for image in batch]
         current.wait_stream(self._uploads)
         for picture in pictures:
             picture.record_stream(current)
@@ -311,19 +327,67 @@ class Predictor:
         return batch_of_size(pictures, width, height, self.device)
 
     def select(self, pred_logits: Tensor) -> Tensor:
-        """bool [B, Q]: the queries that count, from [B, Q, C+1]."""
-        scores, labels = pred_logits.float().softmax(-1).max(-1)
-        return (labels != pred_logits.shape[-1] - 1) & (scores > self._thresholds[labels])
+        """bool [B, Q]: the kept queries, from [B, Q, C+1]."""
+        return kept_queries(pred_logits.float(), self._thresholds)[2]
+
+    def kept(self, outputs: dict[str, Any]) -> list[Kept]:
+        """The selected queries of each image, from the outputs of `forward`."""
+        counts = [len(masks) for masks in outputs["pred_masks"]]
+        scores, labels, _ = kept_queries(outputs["pred_logits"].float(), self._thresholds)
+        queries = (x.flatten()[outputs["index"]].split(counts) for x in (scores, labels))
+        return [Kept(*image) for image in zip(outputs["pred_masks"], *queries, strict=True)]
+
+    def start_merges(
+        self, kept: Sequence[Kept], padded: Size, processed: Sequence[Size], targets: Sequence[Size]
+    ) -> Callable[[], list[Segments]]:
+        """Starts the merges of B images in this Predictor's mode, padding cropped; what is returned waits for the
+        device, and gives each image's ids [H, W], in a small integer dtype, and `segments_info`.
+
+        Args:
+            padded: (height, width) of the batch that the model saw.
+            processed, targets: of each image in it, and of its result.
+        """
+        counts = [len(image.labels) for image in kept]
+        masks, scores, labels = ([getattr(image, name) for image in kept] for name in Kept._fields)
+        with self._on_device():
+            if self.mode == "transformers":
+                masks = [resize_and_crop(m, padded, size) for m, size in zip(masks, processed, strict=True)]
+                fused = torch.zeros_like(self._thing_table)
+                merges = ops.weighted_merge(masks, scores, labels, fused, targets, *TRANSFORMERS_THRESHOLDS)
+            else:
+                resized, for_good = [padded] * len(kept), self.mode == "corrected"
+                merges = ops.panoptic_merge(masks, labels, self._thing_table, resized, processed, targets, for_good)
+            found = Download(*merges, torch.cat(scores), torch.cat(labels))
+
+        def finish() -> list[Segments]:
+            *merged, score, label = found.tensors()
+            images = ops.Merges(*merged).images(counts, targets)
+            queries = (score.split(counts), label.split(counts))
+            return [(m.ids.numpy(), self._segments_info(m, s, c)) for m, s, c in zip(images, *queries, strict=True)]
+
+        return finish
+
+    def _segments_info(self, merged: Merged, scores: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+        """`segments_info` of one image, from its kept queries, on the CPU."""
+        found = []
+        for segment in segments_of(merged, scores, labels):
+            values = segment._asdict() | {"isthing": self._is_thing[segment.category_id]}
+            if self.mode == "transformers":
+                values["score"] = round(segment.score, 6)  # as upstream
+            found.append({key: values[key] for key in KEYS[self.mode]})
+        return found
 
     def _result(self, image: Image.Image, logits: Tensor, boxes: Tensor, segments: Segments) -> PanopticResult:
         """The result of one image from what its kept queries gave: logits [K, C+1] and boxes [K, 4], on the CPU."""
         scores, labels = logits.softmax(-1).max(-1)
+        ids, segments_info = segments
         width, height = image.size
         x, y, w, h = boxes.unbind(-1)
         corners = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], dim=-1)
         corners *= corners.new_tensor([width, height, width, height])
         return PanopticResult(
-            *segments,
+            None if ids is None else ids.astype(np.int32),
+            segments_info,
             corners.numpy(),
             scores.numpy(),
             labels.numpy(),
@@ -331,114 +395,33 @@ class Predictor:
             image=image,
         )
 
-    def _merged(self, batch: Sequence[Pixels], outputs: dict[str, Any]) -> Callable[[], list[Segments]]:
-        """Starts the merges of a batch; what is returned gives each image's ids int32 [H, W] and `segments_info`."""
-        if not self.panoptic:
-            return lambda: [(None, []) for _ in batch]
-        sizes = [(image.size, image.target) for image in batch]
-        if self._graphs is not None and self.mode == "corrected":
-            return self._merged_at_once(outputs, sizes)
-        logits = [
-            logits[kept].float() for logits, kept in zip(outputs["pred_logits"], outputs["selected"], strict=True)
-        ]
-        images = zip(outputs["pred_masks"], logits, sizes, strict=True)
-        merged: list[Segments] = [self.merge(masks, logits, *size) for masks, logits, size in images]
-        return lambda: merged
 
-    def _merged_at_once(
-        self, outputs: dict[str, Any], sizes: list[tuple[tuple[int, int], tuple[int, int]]]
-    ) -> Callable[[], list[Segments]]:
-        """The corrected merge of all images in one launch, without waiting for it."""
-        counts = [len(masks) for masks in outputs["pred_masks"]]
-        scores, labels = outputs["pred_logits"].float().softmax(-1).max(-1)
-        scores, labels = (x.flatten()[outputs["index"]] for x in (scores, labels))
-        processed, targets = ([side for size in sizes for side in size[k]] for k in (0, 1))
-        merge_kernel = torch.ops.detr_fast.panoptic_merge
-        found = Download(
-            *merge_kernel(
-                torch.cat(outputs["pred_masks"]), labels, self._thing_table, counts, processed, processed, targets, True
-            ),
-            scores,
-            labels,
-        )
+class _Batches(threading.local):
+    """The last batch of each Predictor in each thread: new memory costs more in page faults than normalising."""
 
-        def finish() -> list[Segments]:
-            ids, segment, area, box, score, label = found.tensors()
-            maps = ids.int().split([height * width for _, (height, width) in sizes])
-            per_image = zip(*(x.split(counts) for x in (segment, area, box, score, label)), strict=True)
-            return [
-                (map_.view(target).numpy(), self._describe(*queries))
-                for map_, queries, (_, target) in zip(maps, per_image, sizes, strict=True)
-            ]
+    def __init__(self) -> None:
+        self._last: WeakKeyDictionary[Predictor, Tensor] = WeakKeyDictionary()
 
-        return finish
+    def of(self, predictor: Predictor, shape: tuple[int, ...]) -> Tensor:
+        last = self._last.get(predictor)
+        if last is None or last.shape != shape:
+            last = self._last[predictor] = torch.empty(shape)
+        return last
 
-    def _describe(
-        self, segment: Tensor, area: Tensor, box: Tensor, score: Tensor, label: Tensor
-    ) -> list[dict[str, Any]]:
-        """`segments_info` from the segment's id [K] of each query, -1 for none, and its own pixels' area and box."""
-        segments_info = []
-        for number in range(1, int(segment.max()) + 1 if len(segment) else 1):
-            parts = segment == number
-            left, top = box[parts, :2].amin(0).tolist()
-            right, bottom = box[parts, 2:].amax(0).tolist()
-            category = int(label[parts][0])
-            segments_info.append(
-                {
-                    "id": number,
-                    "category_id": category,
-                    "isthing": self._is_thing[category],
-                    "score": float(score[parts].max()),
-                    "area": int(area[parts].sum()),
-                    "bbox": [left, top, right - left, bottom - top],
-                }
-            )
-        return segments_info
 
-    def merge(
-        self, masks: Tensor, logits: Tensor, processed_size: tuple[int, int], target_size: tuple[int, int]
-    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Ids int32 [H, W] and `segments_info` from the kept queries' masks [K, h, w] and logits [K, C+1]."""
-        scores, labels = logits.softmax(-1).max(-1)
-        if self.mode == "corrected":
-            ids, segments_info = panoptic_merge(
-                masks,
-                scores,
-                labels,
-                padded_size=processed_size,  # no image of a batch is padded
-                processed_size=processed_size,
-                target_size=target_size,
-                isthing=self._is_thing,
-            )
-            return ids.cpu().numpy(), segments_info
-        if self.mode == "detr":
-            ids, segments_info = upstream_panoptic_merge(
-                masks, scores, labels, processed_size=processed_size, target_size=target_size, isthing=self._is_thing
-            )
-        else:
-            outputs = {"logits": logits[None], "pred_masks": masks[None]}
-            lowest = min(self.threshold, *self.class_thresholds.values(), 1.0)  # `select` has applied each one
-            (result,) = post_process_panoptic_segmentation(outputs, lowest, target_sizes=[target_size])
-            ids = result["segmentation"].clamp(min=0)  # upstream has -1 where no query is kept
-            segments_info = [
-                {
-                    "id": info["id"],
-                    "category_id": info["label_id"],
-                    "isthing": self._is_thing[info["label_id"]],
-                    "score": info["score"],
-                    "area": int((ids == info["id"]).sum()),
-                }
-                for info in result["segments_info"]
-            ]
-        segmentation = ids.cpu().numpy().astype(np.int32)
-        return segmentation, [{**info, "bbox": _tight_box(segmentation, info["id"])} for info in segments_info]
+_batches = _Batches()
+
+
+def _pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """uint8 in memory from which a GPU copies by itself."""
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 class Download:
     """Tensors on their way to the host, which need not wait for them until it wants them."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        on_gpu = tensors[0].is_cuda
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
         # a graph's outputs are overwritten by the next batch: copied now, in the stream's order
         self._tensors = [torch.empty_like(x, device="cpu", pin_memory=True) if on_gpu else x for x in tensors]
         self._done = torch.cuda.Event() if on_gpu else None
@@ -461,13 +444,6 @@ def unnamed_category(index: int) -> dict[str, Any]:
     return {"id": index, "name": f"class {index}", "isthing": int(index <= 90), "color": [128, 128, 128]}
 
 
-def _tight_box(segmentation: np.ndarray, segment: int) -> list[int]:
-    """[x, y, width, height] of a segment's pixels."""
-    (rows,), (columns,) = ((segmentation == segment).any(axis).nonzero() for axis in (1, 0))
-    x, y = int(columns[0]), int(rows[0])
-    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
-
-
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device that `Predictor` means by a name.
 
@@ -475,7 +451,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         ValueError: an unknown name, or a device that this machine lacks.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError):
@@ -486,6 +462,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(
             f"device must be one of this machine's {torch.cuda.device_count()} CUDA devices, got {device!r}"
         )
+    if resolved.type == "cuda" and resolved.index is None:  # fixed here, as each thread has a current one of its own
+        return torch.device("cuda", torch.cuda.current_device())
     return resolved
 
 

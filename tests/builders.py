@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from detr_fast.config import DetrConfig
-from detr_fast.detr.detector import build_detr
+from detr_fast.detr.segmentation import build_detr
 
 SIZES = {"hidden_dim": 64, "nheads": 16, "enc_layers": 2, "dec_layers": 2, "dim_feedforward": 96, "num_queries": 7}
 CONFIG = DetrConfig(backbone_width=8, num_classes=11, masks=True, dropout=0.2, **SIZES)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from builders import theirs
-from detr_fast import ops, reference
+from detr_fast import ops
 from detr_fast.checkpoint import save_model
 from detr_fast.cli import main
 from detr_fast.compat.accelerate import accelerate
@@ -50,7 +50,7 @@ def torch_weights(attention: nn.Module, query: Tensor, key: Tensor, padding: Ten
 @torch.no_grad()
 def expected(model: nn.Module, samples: NestedTensor) -> tuple[Tensor, Tensor]:
     """Weights of the encoder's and of the decoder's last layer, [B,heads,.,L], from the plain definitions."""
-    detr, attend = model.detr, reference.multihead_attention
+    detr = model.detr
     with ops.plain():
         encoded = detr.encode(samples)
         _, pos = detr.backbone(samples)
@@ -58,14 +58,14 @@ def expected(model: nn.Module, samples: NestedTensor) -> tuple[Tensor, Tensor]:
     padding = None if encoded["mask"] is None else encoded["mask"].flatten(1)
     for layer in detr.transformer.encoder.layers:
         encoder = torch_weights(layer.self_attn, x + pos, x + pos, padding)
-        x = layer.norm1(x + attend(layer.self_attn, x + pos, x + pos, x, padding))
+        x = layer.norm1(x + layer.self_attn.definition(x + pos, x + pos, x, padding))
         x = layer.norm2(x + layer.linear2(layer.linear1(x).relu()))
     query_pos = detr.query_embed.weight.expand(len(x), -1, -1)
     tgt = torch.zeros_like(query_pos)
     for layer in detr.transformer.decoder.layers:
-        tgt = layer.norm1(tgt + attend(layer.self_attn, tgt + query_pos, tgt + query_pos, tgt))
+        tgt = layer.norm1(tgt + layer.self_attn.definition(tgt + query_pos, tgt + query_pos, tgt))
         decoder = torch_weights(layer.multihead_attn, tgt + query_pos, x + pos, padding)
-        tgt = layer.norm2(tgt + attend(layer.multihead_attn, tgt + query_pos, x + pos, x, padding))
+        tgt = layer.norm2(tgt + layer.multihead_attn.definition(tgt + query_pos, x + pos, x, padding))
         tgt = layer.norm3(tgt + layer.linear2(layer.linear1(tgt).relu()))
     return encoder, decoder
 

@@ -3,8 +3,10 @@ merges of detr_fast.reference."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +20,10 @@ from hypothesis import given, settings
 from PIL import Image
 from torch import Tensor
 
+from contract import merge_by_definition
 from detr_fast import ops, postprocess, reference
-from detr_fast.kernels import mask_upsample, panoptic_merge  # noqa: F401
-from detr_fast.ops import merge
+from detr_fast.ops import cells
+from detr_fast.ops import masks as mask_ops
 from detr_fast.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm, id_to_rgb, rgb_to_id
 from detr_fast.resampling import pil_nearest_indices
 from postprocess_cases import CASES, Case, is_thing, make, smooth
@@ -48,10 +51,11 @@ def upstream() -> Any:
 
 
 @pytest.fixture(params=["PyTorch", "kernels"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CPU runs; or what a GPU runs, with the operations' CPU definitions in place of the kernels."""
-    if request.param == "kernels":
-        monkeypatch.setattr(ops, "uses_kernels", lambda x: x.dtype in ops.KERNEL_DTYPES)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a CPU runs; or what a GPU runs, with the operations' CPU bodies in place of the kernels."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with ops.pretend("sm_70") if request.param == "kernels" else contextlib.nullcontext():
+        yield
 
 
 def decode(png: bytes) -> np.ndarray:
@@ -139,7 +143,7 @@ def test_5d_masks_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["up"]
     sizes = torch.tensor(case.target_sizes), torch.tensor(case.processed_sizes)
     plain = PostProcessSegm()([{}, {}], case.facebookresearch, *sizes)
-    monkeypatch.setattr(postprocess, "MASK_CHUNK", 1)
+    monkeypatch.setattr(mask_ops, "RESIZED_AT_ONCE", 1)
     parts = PostProcessSegm()([{}, {}], {"pred_masks": case.masks.unsqueeze(2)}, *sizes)
     for one, other in zip(plain, parts, strict=True):
         assert torch.equal(one["masks"], other["masks"])
@@ -247,8 +251,8 @@ def random_merge(seed: int) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, An
 @pytest.mark.parametrize("block", [1 << 19, 300])
 @pytest.mark.parametrize("call", ["panoptic_merge", "upstream_panoptic_merge"])
 def test_merge_equals_the_plain_one(call: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "BLOCK_PIXELS", block)
-    monkeypatch.setattr(merge, "BLOCK_VALUES", block)
+    monkeypatch.setattr(cells, "BLOCK_PIXELS", block)
+    monkeypatch.setattr(cells, "BLOCK_VALUES", block)
     pixels = differing = removed = 0
     for seed in range(60):
         kept, size = random_merge(seed)
@@ -256,8 +260,8 @@ def test_merge_equals_the_plain_one(call: str, block: int, monkeypatch: pytest.M
         if call == "upstream_panoptic_merge":
             padded = size["processed_size"]
             del size["padded_size"]
-        ids, segments = getattr(merge, call)(*kept, **size, isthing=THING_MAP)
-        true_ids, true_segments = getattr(reference, call)(*kept, **size, isthing=is_thing)
+        ids, segments = getattr(postprocess, call)(*kept, **size, isthing=THING_MAP)
+        true_ids, true_segments = merge_by_definition(*kept, **size, isthing=is_thing)
         assert ids.dtype == torch.int32
         wrong = ids != true_ids
         if not wrong.any():
@@ -277,8 +281,8 @@ def test_merge_of_one_full_size_image() -> None:
     )[0]
     scores, labels = torch.linspace(0.86, 0.99, 7), torch.tensor([1, 100, 100, 17, 93, 1, 93])
     size = {"padded_size": (832, 1100), "processed_size": (800, 1066), "target_size": (480, 640)}
-    ids, segments = merge.panoptic_merge(masks, scores, labels, **size, isthing=is_thing)
-    true_ids, true_segments = reference.panoptic_merge(masks, scores, labels, **size, isthing=is_thing)
+    ids, segments = postprocess.panoptic_merge(masks, scores, labels, **size, isthing=is_thing)
+    true_ids, true_segments = merge_by_definition(masks, scores, labels, **size, isthing=is_thing)
     wrong = ids != true_ids
     assert int(wrong.sum()) <= NEAR_TIE * wrong.numel()
     assert not (wrong & ~near_ties(masks, *size.values())).any()
@@ -302,14 +306,14 @@ def masks_for_cells(seed: int) -> Tensor:
 @pytest.mark.parametrize("block", [1 << 21, 300])
 def test_winners_of_cells_are_those_of_all_logits(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last bit, ties and roundings included: the same sums in the same order."""
-    monkeypatch.setattr(merge, "BLOCK_VALUES", block)
+    monkeypatch.setattr(cells, "BLOCK_VALUES", block)
     taken = 0
     for seed in range(120):
         masks, random = masks_for_cells(seed), np.random.RandomState(seed)
         padded = [int(random.randint(2 * side, 5 * side)) for side in masks.shape[1:]]
         processed = [int(random.randint(side // 2, side + 1)) for side in padded] if seed % 2 else padded
         target = [int(random.randint(2 * side // 3, 2 * side)) for side in processed]
-        logits = merge._Logits(masks, padded, processed, target)
+        logits = cells.Logits(masks, padded, processed, target)
         label = np.random.RandomState(seed).permutation(len(masks))
         winners = logits._winners_of_cells(label)
         if winners is not None:
@@ -322,19 +326,19 @@ def test_winners_of_cells_are_those_of_all_logits(block: int, monkeypatch: pytes
 def test_cells_do_not_judge_what_they_cannot(value: float) -> None:
     masks = torch.from_numpy(smooth(np.random.RandomState(0), 9, 40, 60, knots=3))
     size = (160, 240)
-    assert merge._Logits(masks, size, size, size)._winners_of_cells(np.arange(9)) is not None
+    assert cells.Logits(masks, size, size, size)._winners_of_cells(np.arange(9)) is not None
     if np.isfinite(value):
         masks *= value / masks.abs().max()
     else:
         masks[4, 7, 8] = value
-    assert merge._Logits(masks, size, size, size)._winners_of_cells(np.arange(9)) is None
+    assert cells.Logits(masks, size, size, size)._winners_of_cells(np.arange(9)) is None
 
 
 def test_corrected_merge_keeps_stuff_merged_and_counts_from_one() -> None:
     masks = torch.full((4, 4, 8), -5.0)
     masks[0, :, :2], masks[1, :, 2:4], masks[2, :, 4:6], masks[3, :, 6:] = 5.0, 5.0, 5.0, 5.0  # the last is padding
     scores, labels = torch.tensor([0.9, 0.95, 0.97, 0.99]), torch.tensor([120, 1, 120, 2])
-    ids, segments = merge.panoptic_merge(
+    ids, segments = postprocess.panoptic_merge(
         masks, scores, labels, padded_size=(16, 32), processed_size=(16, 24), target_size=(8, 12), isthing=is_thing
     )
     assert ids.tolist() == [[1, 1, 1, 1, 2, 2, 2, 2, 1, 1, 1, 1]] * 8
@@ -349,9 +353,9 @@ def test_corrected_merge_keeps_stuff_merged_and_counts_from_one() -> None:
 def test_merge_takes_other_dtypes(dtype: torch.dtype) -> None:
     (masks, scores, labels), size = random_merge(1)
     masks = masks.to(dtype)
-    ids, _ = merge.panoptic_merge(masks, scores.to(dtype), labels, **size, isthing=is_thing)
+    ids, _ = postprocess.panoptic_merge(masks, scores.to(dtype), labels, **size, isthing=is_thing)
     exact = masks.to(torch.promote_types(dtype, torch.float32))
-    true_ids, _ = reference.panoptic_merge(exact, scores, labels, **size, isthing=is_thing)
+    true_ids, _ = merge_by_definition(exact, scores, labels, **size, isthing=is_thing)
     assert torch.equal(ids, true_ids)
 
 
@@ -379,7 +383,7 @@ def test_bilinear_taps_are_torchs(size_in: int, size_out: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_argmax_of_many_planes_takes_the_lower_of_equals(dtype: torch.dtype) -> None:
     planes = torch.from_numpy(np.random.RandomState(0).randint(0, 250, (400, 9, 11))).to(dtype)
-    index = merge.argmax_of_planes(planes, len(planes))
+    index = cells.argmax_of_planes(planes, len(planes))
     np.testing.assert_array_equal(index.numpy(), planes.float().numpy().argmax(0))
 
 
@@ -448,12 +452,16 @@ SIZE = {"padded_size": (16, 20), "processed_size": (16, 20), "target_size": (8, 
         (lambda: PostProcessSegm()([{}], FB, PAIRS, PAIRS), ValueError, "results must have 2"),
         (lambda: PostProcessSegm(2), ValueError, "threshold"),
         (lambda: PostProcessPanoptic({1: True})(FB, PAIRS), ValueError, "no entry for class"),
-        (lambda: merge.panoptic_merge(MASKS, SCORES, LABELS, **SIZE), ValueError, "no entry for class 300"),
-        (lambda: merge.panoptic_merge(MASKS, SCORES[:1], LABELS, **SIZE), ValueError, "scores and labels"),
-        (lambda: merge.panoptic_merge(MASKS[0], SCORES, LABELS, **SIZE), ValueError, r"pred_masks must be \[K"),
-        (lambda: merge.panoptic_merge(MASKS.int(), SCORES, LABELS, **SIZE), TypeError, "pred_masks must be a float"),
+        (lambda: postprocess.panoptic_merge(MASKS, SCORES, LABELS, **SIZE), ValueError, "no entry for class 300"),
+        (lambda: postprocess.panoptic_merge(MASKS, SCORES[:1], LABELS, **SIZE), ValueError, "scores and labels"),
+        (lambda: postprocess.panoptic_merge(MASKS[0], SCORES, LABELS, **SIZE), ValueError, r"pred_masks must be \[K"),
         (
-            lambda: merge.panoptic_merge(MASKS, SCORES, LABELS, **SIZE | {"processed_size": (17, 20)}),
+            lambda: postprocess.panoptic_merge(MASKS.int(), SCORES, LABELS, **SIZE),
+            TypeError,
+            "pred_masks must be a float",
+        ),
+        (
+            lambda: postprocess.panoptic_merge(MASKS, SCORES, LABELS, **SIZE | {"processed_size": (17, 20)}),
             ValueError,
             "within padded_size",
         ),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from contract import picture
 from detr_fast.checkpoint import save_model
 from detr_fast.detr.nested import nested_tensor_from_tensor_list
 from detr_fast.postprocess import PostProcessPanoptic, post_process_panoptic_segmentation, rgb_to_id
@@ -17,12 +18,6 @@ from detr_fast.predictor import MODES, Predictor
 from detr_fast.preprocess import image_to_tensor
 from detr_fast.visualize import draw_segments
 from tiny import tiny_detr
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Blurred noise: every part of it looks different."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 
 from detr_fast.categories import COCO_PANOPTIC
 from detr_fast.config import DetrConfig
-from detr_fast.detr.detector import build_detr
+from detr_fast.detr.segmentation import build_detr
 
 CONFIG = DetrConfig(
     backbone="resnet18",

@@ -23,8 +23,8 @@ from detr_fast.categories import Category
 from detr_fast.checkpoint import dialects
 from detr_fast.checkpoint.dialects import Tensors
 from detr_fast.config import RESNETS, DetrConfig
-from detr_fast.detr.detector import DETR, build_detr
-from detr_fast.detr.segmentation import DETRsegm
+from detr_fast.detr.detector import DETR
+from detr_fast.detr.segmentation import DETRsegm, build_detr
 
 ACCEPTED = "a facebookresearch/detr .pth file, a transformers DETR folder, or a folder or file of detr_fast"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import detr_fast
 
 if TYPE_CHECKING:
-    from detr_fast import ops
+    from detr_fast.kernels.common import Device
 
 HELP = "versions, devices and which code each operation runs"
 DESCRIPTION = None
@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> None:
         print("cuda: no device")
 
 
-def _explain(gpu: ops.Gpu | None) -> None:
-    from detr_fast import ops
+def _explain(device: Device | None) -> None:
+    from detr_fast.ops import choices
 
-    for operation, choice, reason in ops.explain(gpu):
+    for operation, choice, reason in choices.table(device):
         print(f"  {operation}: {choice} ({reason})")
 
 

@@ -35,7 +35,12 @@ def add_options(train: argparse.ArgumentParser) -> None:
     )
     train.add_argument("--bad-annotations", choices=("fail", "skip"), default="fail", help="(%(default)s)")
 
-    network = train.add_argument_group("model")
+    _add_model_options(train.add_argument_group("model"))
+    _add_length_options(train.add_argument_group("length and rates"))
+    _add_machine_options(train.add_argument_group("images and machine"))
+
+
+def _add_model_options(network: argparse._ArgumentGroup) -> None:
     network.add_argument(
         "--config",
         metavar="NAME_OR_JSON",
@@ -53,7 +58,8 @@ def add_options(train: argparse.ArgumentParser) -> None:
         help="frozen for a pretrained backbone, train for a new one (%(default)s)",
     )
 
-    length = train.add_argument_group("length and rates")
+
+def _add_length_options(length: argparse._ArgumentGroup) -> None:
     length.add_argument("--epochs", metavar="N", type=positive, default=300, help="(%(default)s)")
     length.add_argument("--steps", metavar="N", type=positive, help="stop after so many at the latest")
     add_batch_size(length, 2, "of a process")
@@ -73,7 +79,6 @@ def add_options(train: argparse.ArgumentParser) -> None:
     length.add_argument(
         "--ema", metavar="DECAY", type=unit, default=0.0, help="average the weights; 0: do not (%(default)s)"
     )
-
     length.add_argument(
         "--query-groups",
         metavar="N",
@@ -82,7 +87,8 @@ def add_options(train: argparse.ArgumentParser) -> None:
         help="sets of queries that learn beside each other, of which one is kept; without masks (%(default)s)",
     )
 
-    machine = train.add_argument_group("images and machine")
+
+def _add_machine_options(machine: argparse._ArgumentGroup) -> None:
     machine.add_argument("--size", metavar="SHORT", type=positive, help="of the short side (as the config says, 800)")
     machine.add_argument("--augment", choices=("paper", "flip", "none"), default="paper", help="(%(default)s)")
     machine.add_argument("--seed", metavar="S", type=natural, default=0, help="(%(default)s)")

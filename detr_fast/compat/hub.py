@@ -6,8 +6,8 @@ from typing import Any
 
 from detr_fast.checkpoint import build_model, read_checkpoint
 from detr_fast.config import PRESETS
-from detr_fast.detr.detector import DETR, build_detr
-from detr_fast.detr.segmentation import DETRsegm
+from detr_fast.detr.detector import DETR
+from detr_fast.detr.segmentation import DETRsegm, build_detr
 from detr_fast.postprocess import PostProcess, PostProcessPanoptic
 
 

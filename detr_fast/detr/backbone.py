@@ -39,7 +39,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,H,W] to [B,C,H,W]."""
-        return reference.frozen_batch_norm(x, self)
+        return reference.frozen_batch_norm(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
 
 
 class LiveBatchNorm2d(FrozenBatchNorm2d):
@@ -209,15 +209,35 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """The outputs of the four stages, strides 4, 8, 16 and 32 (16 with dilation), for images [B,3,H,W]."""
         if ops.is_plain("backbone"):
-            return reference.resnet(self, x)
+            return self.definition(x)
         convs = self._convs(x.dtype)
-        x = F.max_pool2d(convs[self.conv1](ops.image_layout(x), relu=True), 3, 2, 1)
+        x = convs[self.conv1](ops.image_layout(x), relu=True)  # [B,width,H/2,W/2]
+        x = F.max_pool2d(x, 3, 2, 1)  # [B,width,H/4,W/4]
         outputs = []
         for stage in self.stages():
             for block in stage:
                 x = block(x, convs)
             outputs.append(x)
         return outputs
+
+    def definition(self, x: Tensor) -> list[Tensor]:
+        """`forward` as facebookresearch/detr computes it: each convolution, norm, ReLU and sum by itself."""
+
+        def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+            return norm(F.conv2d(x, conv.weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation))
+
+        x = F.max_pool2d(convolve(x, self.conv1, self.bn1).relu(), 3, 2, 1)
+        stages = []
+        for stage in self.stages():
+            for block in stage:
+                y, units = x, block.units()
+                for index, (conv, norm) in enumerate(units):
+                    y = convolve(y, conv, norm)
+                    y = y.relu() if index < len(units) - 1 else y
+                identity = x if block.downsample is None else convolve(x, *block.downsample)
+                x = (y + identity).relu()
+            stages.append(x)
+        return stages
 
     def _convs(self, dtype: torch.dtype) -> Convs:
         """Each convolution with its normalisation: folded into one, unless the latter is live."""

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from detr_fast import ops
 from detr_fast.detr.segmentation import DETRsegm, Select
-from detr_fast.ops import cache
 
 BUCKETS = (8, 16, 32, 64)  # kept queries an image, on the average of a batch; beyond the last, all queries
 SHAPES = 4  # whose graphs are kept: about 1 GB each for 8 images of 800 x 1066 in float16
@@ -25,7 +25,7 @@ class Recording(NamedTuple):
 
     replay: Callable[[], Any]
     outputs: Any
-    held: list[Any]  # kept values (`cache.derived`) that it reads
+    held: list[Any]  # kept values (`ops.kept`) that it reads
 
 
 class Recorder:
@@ -43,7 +43,7 @@ class Recorder:
             call()  # what is compiled or kept must be there before it is recorded
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with cache.holding() as held, torch.cuda.graph(graph, pool=self.pool):
+        with ops.holding() as held, torch.cuda.graph(graph, pool=self.pool):
             outputs = call()
         return Recording(graph.replay, outputs, held)
 
@@ -54,17 +54,24 @@ def bucket(count: int, batch: int, queries: int) -> int:
     return batch * next((size for size in BUCKETS if a_image <= size < queries), queries)
 
 
-class Shape:
+class ShapeGraphs:
     """The graphs for batches of one shape."""
 
-    def __init__(self, model: DETRsegm, select: Select, samples: Tensor, record: Callable[..., Recording]):
-        self.model, self.record = model, record
+    def __init__(
+        self,
+        model: DETRsegm,
+        select: Select,
+        samples: Tensor,
+        record: Callable[..., Recording],
+        dtype: torch.dtype | None,
+    ):
+        self.model, self.record, self.dtype = model, record, dtype
         self.samples = samples.clone(memory_format=torch.preserve_format)
         self.heads = record(lambda: self._heads(select))
         self.masks: dict[int, tuple[Tensor, Recording]] = {}
 
     def _heads(self, select: Select) -> tuple[dict[str, Any], dict[str, Any]]:
-        encoded = self.model.encode(self.samples)
+        encoded = self.model.encode(self.samples, self.dtype)
         out = self.model.detr.predict(encoded)
         out["selected"] = select(out["pred_logits"])
         return encoded, out
@@ -109,11 +116,18 @@ class Graphs:
     Args:
         select: as `DETRsegm.forward` takes it; must not wait for the device.
         record: a `Recorder`; tests give one that needs no CUDA.
+        dtype: as for `DETRsegm.forward`.
     """
 
-    def __init__(self, model: DETRsegm, select: Select, record: Callable[..., Recording]):
-        self.model, self.select, self.record = model, select, record
-        self._shapes: OrderedDict[torch.Size, Shape | None] = OrderedDict()
+    def __init__(
+        self,
+        model: DETRsegm,
+        select: Select,
+        record: Callable[..., Recording],
+        dtype: torch.dtype | None = None,
+    ):
+        self.model, self.select, self.record, self.dtype = model, select, record, dtype
+        self._shapes: OrderedDict[torch.Size, ShapeGraphs | None] = OrderedDict()
         self._weights: list[tuple[int, int]] = []
 
     def __call__(self, samples: Tensor) -> dict[str, Any]:
@@ -127,10 +141,10 @@ class Graphs:
             self._shapes[key] = None
             if len(self._shapes) > SHAPES:
                 self._shapes.popitem(last=False)
-            out = self.model(samples, self.select)
+            out = self.model(samples, self.select, self.dtype)
             return {**out, "index": out["selected"].flatten().nonzero()[:, 0]}
         shape = self._shapes[key]
         if shape is None:
-            shape = self._shapes[key] = Shape(self.model, self.select, samples, self.record)
+            shape = self._shapes[key] = ShapeGraphs(self.model, self.select, samples, self.record, self.dtype)
         self._shapes.move_to_end(key)
         return shape(samples)

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from detr_fast import ops
 from detr_fast.detr.nested import NestedTensor
-from detr_fast.ops.cache import derived
 
 
 class PositionEmbeddingSine(nn.Module):
@@ -43,7 +43,7 @@ class PositionEmbeddingSine(nn.Module):
         """float32 [1, 2 * num_pos_feats, height, width]: the encoding where nothing is padded."""
         settings = (height, width, device, self.num_pos_feats, self.temperature, self.normalize, self.scale)
         whole = torch.ones(1, height, width, dtype=torch.bool, device=device)
-        return derived(self, "grid", settings, (), lambda: self.encode(whole))
+        return ops.kept(self, "grid", settings, (), lambda: self.encode(whole))
 
     def encode(self, valid: Tensor) -> Tensor:
         """float32 [B, 2 * num_pos_feats, H, W] for bool [B,H,W], True on the image."""

@@ -1,8 +1,8 @@
 """Masks for DETR's objects: the panoptic head (Carion et al. 2020, section 4.4 and figure 8).
 
-Exact rewrites of the definition in `reference.mask_head`. Normalisation is per query, so queries that nobody asks for
-need no mask. A convolution is linear in its input: where that is a sum or a concatenation of something an image's
-queries share (the encoded image, feature maps) and something of each query, the shared part is convolved once an image.
+Exact rewrites of `MaskHeadSmallConv.definition`. Normalisation is per query, so only the selected queries need masks. A
+convolution is linear in its input: where that is a sum or a concatenation of something that an image's queries share
+(the encoded image, feature maps) and something of each query, the shared part is convolved once an image.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast import ops, reference
@@ -19,11 +20,6 @@ from detr_fast.config import DetrConfig
 from detr_fast.detr.detector import DETR, Samples
 
 Select = Callable[[Tensor], Tensor]
-
-# Queries are worked through in chunks whose largest feature map stays under this, so that the memory needed does not
-# grow with their number. Measured on 2 cores with 32 MiB of L3 at 800 x 1066: chunks of 4 take half the time of 15.
-CHUNK_BYTES = 16 * 2**20
-GPU_CHUNK_BYTES = 2**30  # the same on a GPU, where chunks only bound the memory
 
 
 class DETRsegm(nn.Module):
@@ -61,20 +57,14 @@ class DETRsegm(nn.Module):
     def aux_loss(self, value: bool) -> None:
         self.detr.aux_loss = value
 
-    @property
-    def compute_dtype(self) -> torch.dtype | None:
-        return self.detr.compute_dtype
-
-    @compute_dtype.setter
-    def compute_dtype(self, value: torch.dtype | None) -> None:
-        self.detr.compute_dtype = value
-
-    def forward(self, samples: Samples, select: Select | None = None) -> dict[str, Any]:
+    def forward(
+        self, samples: Samples, select: Select | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Any]:
         """Detects objects and segments them.
 
         Args:
-            samples: images, as `DETR.forward` takes them.
-            select: maps pred_logits [B,Q,num_classes+1] to bool [B,Q], the queries whose masks are wanted; None: all.
+            samples, dtype: as `DETR.forward` takes them.
+            select: maps pred_logits [B,Q,num_classes+1] to bool [B,Q], the queries that get masks; None: all.
 
         Returns:
             What `DETR.forward` returns, and "pred_masks", logits at stride 4: [B,Q,h,w], or, with `select`, a list of
@@ -83,81 +73,64 @@ class DETRsegm(nn.Module):
         Raises:
             ValueError: `select` returns something else than bool [B,Q].
         """
-        return self.predict(self.encode(samples), select)
+        return self.predict(self.encode(samples, dtype), select)
 
-    def encode(self, samples: Samples) -> dict[str, Any]:
+    def encode(self, samples: Samples, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """As `DETR.encode`."""
-        return self.detr.encode(samples)
+        return self.detr.encode(samples, dtype)
 
     def predict(self, encoded: dict[str, Any], select: Select | None = None) -> dict[str, Any]:
         """Classes, boxes and masks from `encode`'s outcome."""
         out = self.detr.predict(encoded)
+        hs = encoded["hs"][-1]  # [B,Q,d]
         if select is None:
-            selected = None
-        else:
-            selected = out["selected"] = _checked_selection(select(out["pred_logits"]), out["pred_logits"])
-        out["pred_masks"] = self._selected_masks(encoded, selected)
+            counts = [hs.shape[1]] * hs.shape[0]
+            image = torch.arange(hs.shape[0], device=hs.device).repeat_interleave(hs.shape[1])  # [B*Q]
+            masks = self.masks(hs.flatten(0, 1), image, encoded, counts)  # [B*Q,h,w]
+            out["pred_masks"] = masks.unflatten(0, hs.shape[:2])
+            return out
+        selected = out["selected"] = _checked_selection(select(out["pred_logits"]), out["pred_logits"])
+        counts = selected.sum(1).tolist()
+        masks = self.masks(hs[selected], selected.nonzero()[:, 0], encoded, counts)  # [N,h,w]
+        out["pred_masks"] = list(masks.split(counts))
         return out
 
-    def _selected_masks(self, encoded: dict[str, Any], selected: Tensor | None) -> Tensor | list[Tensor]:
-        """As `forward` returns them."""
-        hs = encoded["hs"][-1]
-        if ops.is_plain("mask_head") or not ops.uses_kernels(encoded["src"]):
-            if selected is None:
-                return torch.stack(self._image_by_image(list(hs), encoded))
-            return self._image_by_image(list(hs[selected].split(selected.sum(1).tolist())), encoded)
-        if selected is None:
-            image = torch.arange(hs.shape[0], device=hs.device).repeat_interleave(hs.shape[1])
-            return self.masks(hs.flatten(0, 1), image, encoded).unflatten(0, hs.shape[:2])
-        masks = self.masks(hs[selected], selected.nonzero()[:, 0], encoded)
-        return list(masks.split(selected.sum(1).tolist()))
+    def masks(
+        self, queries: Tensor, image: Tensor, encoded: dict[str, Any], counts: Sequence[int] | None = None
+    ) -> Tensor:
+        """Mask logits [N,h,w] of queries, float32 at least.
 
-    def masks(self, queries: Tensor, image: Tensor, encoded: dict[str, Any]) -> Tensor:
-        """Mask logits [N,h,w] for queries [N,d] of the images `image`, int64 [N], all at once and never waiting for the
-        device: what a GPU runs, and a CUDA graph can record."""
-        src, padding = encoded["src"], encoded["mask"]
-        padding = None if padding is None else padding.flatten(1)
-        head, keys = self.mask_head, self.bbox_attention.keys(encoded["memory"])
-        lay1, levels = head.shared_lay1(src), head.adapted(encoded["features"][2::-1], src.dtype)
-        size = max(1, GPU_CHUNK_BYTES // max(level[0].numel() * level.element_size() for level in levels))
-        chunks = []
-        for some, own in zip(queries.split(size), image.split(size), strict=True):
-            maps = self.bbox_attention.batched_maps(some, keys, own, padding).unflatten(1, src.shape[-2:])
-            chunks.append(head.batched_queries(maps.permute(0, 3, 1, 2).to(src.dtype), own, lay1, levels))
-        return torch.cat(chunks)
-
-    def _image_by_image(self, queries: list[Tensor], encoded: dict[str, Any]) -> list[Tensor]:
-        """Mask logits [K_i,h,w] for each image's queries [K_i,d], as many at a time as a CPU's cache holds."""
+        Args:
+            queries: [N,d], those of one image side by side.
+            image: int64 [N], the image of each, in rising order.
+            encoded: `encode`'s outcome.
+            counts: queries of each image. None: the host does not know; needs a GPU's kernels, which never wait for the
+                device, so that a CUDA graph can record them.
+        """
         if ops.is_plain("mask_head"):
-            return self._plain_masks(queries, encoded)
+            assert counts is not None
+            return self._defined_masks(queries, encoded, counts)
         src, mask = encoded["src"], encoded["mask"]
+        padding = None if mask is None else mask.flatten(1)  # [B,L]
+        keys = self.bbox_attention.keys(encoded["memory"])  # [B,L,d]
         shared = self.mask_head.shared(src, encoded["features"][2::-1])
-        keys = self.bbox_attention.keys(encoded["memory"])
-        masks = []
-        for index, wanted in enumerate(queries):
-            padding = None if mask is None else mask[index].flatten()
-            image = shared.image(index)
-            chunks = []
-            for chunk in wanted.split(self._chunk(image)):
-                maps = self.bbox_attention.maps(chunk, keys[index], padding).unflatten(1, src.shape[-2:])
-                chunks.append(self.mask_head.queries(maps.permute(0, 3, 1, 2).to(src.dtype), image))
-            masks.append(torch.cat(chunks))
-        return masks
+        parts = []
+        for rows, own in ops.chunks(src, image, counts, shared.query_bytes):
+            maps = self.bbox_attention.maps(queries[rows], keys, own, padding)  # [n,L,heads]
+            maps = maps.unflatten(1, src.shape[-2:]).permute(0, 3, 1, 2).to(src.dtype)  # [n,heads,h/32,w/32]
+            parts.append(self.mask_head.queries(maps, own, shared))
+        return torch.cat(parts)
 
-    def _plain_masks(self, queries: list[Tensor], encoded: dict[str, Any]) -> list[Tensor]:
+    def _defined_masks(self, queries: Tensor, encoded: dict[str, Any], counts: Sequence[int]) -> Tensor:
+        """The definition of `masks`, image by image."""
         src, memory, mask, fpns = encoded["src"], encoded["memory"], encoded["mask"], encoded["features"][2::-1]
         masks = []
-        for index, wanted in enumerate(queries):
+        for index, some in enumerate(queries.split(list(counts))):
             one = slice(index, index + 1)
             padding = None if mask is None else mask[one]
-            maps = reference.attention_map(self.bbox_attention, wanted[None], memory[one], padding).to(src.dtype)
-            masks.append(reference.mask_head(self.mask_head, src[one], maps, [fpn[one] for fpn in fpns])[:, 0])
-        return masks
-
-    def _chunk(self, image: Shared) -> int:
-        """Queries at once, for all of whose chunks `CHUNK_BYTES` hold."""
-        largest = max(level[0].numel() * level.element_size() for level in image.levels)
-        return max(1, CHUNK_BYTES // largest)
+            maps = self.bbox_attention.definition(some[None], memory[one], padding).to(src.dtype)
+            masks.append(self.mask_head.definition(src[one], maps, [fpn[one] for fpn in fpns])[:, 0])
+        return torch.cat(masks)
 
 
 class MHAttentionMap(nn.Module):
@@ -179,40 +152,44 @@ class MHAttentionMap(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B,Q,heads,h,w] from q [B,Q,d], k [B,d,h,w] and mask bool [B,h,w], True on padding."""
-        size = k.shape[-2:]
-        paddings = [None] * len(q) if mask is None else list(mask.flatten(1))
-        maps = [self.maps(*image) for image in zip(q, self.keys(k), paddings, strict=True)]
+        size, padding = k.shape[-2:], None if mask is None else mask.flatten(1)
+        keys = self.keys(k)
+        maps = [self.maps(rows, keys, index, padding) for index, rows in enumerate(q)]  # [Q,L,heads]
         return torch.stack(maps).transpose(2, 3).unflatten(-1, size)
 
     def keys(self, memory: Tensor) -> Tensor:
         """[B,L,d] from memory [B,d,h,w]."""
         return ops.linear(self.k_linear, memory.flatten(2).transpose(1, 2))
 
-    def maps(self, q: Tensor, keys: Tensor, padding: Tensor | None) -> Tensor:
-        """[K,L,heads] for queries [K,d] of one image, its keys [L,d] and padding bool [L]."""
-        return ops.attention_map(ops.linear(self.q_linear, q) * self.normalize_fact, keys, self.num_heads, padding)
-
-    def batched_maps(self, q: Tensor, keys: Tensor, image: Tensor, padding: Tensor | None) -> Tensor:
-        """[N,L,heads] for queries [N,d] of the images `image`, int64 [N]; all images' keys and padding."""
+    def maps(self, q: Tensor, keys: Tensor, image: int | Tensor, padding: Tensor | None) -> Tensor:
+        """[N,L,heads] for queries [N,d] of `image`, one or int64 [N], and all images' keys and padding bool [B,L]."""
         q = ops.linear(self.q_linear, q.to(keys.dtype)) * self.normalize_fact
-        return ops.attention_maps(q, keys, image, self.num_heads, padding)
+        return ops.attention_map(q, keys, image, self.num_heads, padding)
+
+    def definition(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`forward` as facebookresearch/detr computes it."""
+        q = self.q_linear(q) * self.normalize_fact
+        keys = self.k_linear(k.flatten(2).transpose(1, 2))
+        padding = None if mask is None else mask.flatten(1)
+        maps = [reference.attention_map(rows, keys, index, self.num_heads, padding) for index, rows in enumerate(q)]
+        return torch.stack(maps).transpose(2, 3).unflatten(-1, k.shape[-2:])
 
 
 class Shared(NamedTuple):
-    """What all queries of an image add to the mask head's convolutions, biases included.
+    """What all queries of an image add to the mask head's layers.
 
     Attributes:
-        lay1: [B,d+heads,h,w].
-        levels: the same for lay3, lay4 and lay5, coarse to fine.
+        lay1: [B,d+heads,h,w], bias included.
+        levels: of lay3, lay4 and lay5, coarse to fine, as `ops.level` gives them.
     """
 
     lay1: Tensor
-    levels: tuple[Tensor, Tensor, Tensor]
+    levels: tuple[Tensor, ...]
 
-    def image(self, index: int) -> Shared:
-        """One image's, with a batch of 1."""
-        first, second, third = (level[index : index + 1] for level in self.levels)
-        return Shared(self.lay1[index : index + 1], (first, second, third))
+    @property
+    def query_bytes(self) -> int:
+        """Of a query's largest feature map."""
+        return max(level[0].numel() * level.element_size() for level in self.levels)
 
 
 class MaskHeadSmallConv(nn.Module):
@@ -249,73 +226,54 @@ class MaskHeadSmallConv(nn.Module):
     def forward(self, x: Tensor, bbox_mask: Tensor, fpns: Sequence[Tensor]) -> Tensor:
         """Mask logits [B*Q,1,H,W] from x [B,d,h,w], bbox_mask [B,Q,heads,h,w], fpns [B,C_i,h_i,w_i], coarse to fine."""
         if ops.is_plain("mask_head"):
-            return reference.mask_head(self, x, bbox_mask, list(fpns))
-        shared = self.shared(x, fpns)
-        return torch.cat([self.queries(maps, shared.image(i)) for i, maps in enumerate(bbox_mask)])[:, None]
+            return self.definition(x, bbox_mask, fpns)
+        batch, queries = bbox_mask.shape[:2]
+        maps, shared = bbox_mask.flatten(0, 1), self.shared(x, fpns)  # [B*Q,heads,h,w]
+        image = torch.arange(batch, device=x.device).repeat_interleave(queries)
+        parts = ops.chunks(x, image, [queries] * batch, shared.query_bytes)
+        return torch.cat([self.queries(maps[rows], own, shared) for rows, own in parts])[:, None]
 
     def shared(self, x: Tensor, fpns: Sequence[Tensor]) -> Shared:
         """What does not depend on the query, from x [B,d,h,w] and fpns [B,C_i,h_i,w_i], coarse to fine."""
-        levels = []
-        layers = (self.lay3, self.lay4, self.lay5)
-        for adapted, layer in zip(self.adapted(fpns, x.dtype), layers, strict=True):
-            levels.append(ops.conv2d(adapted, *ops.weights(layer, x.dtype), padding=1))
-        return Shared(self.shared_lay1(x), (levels[0], levels[1], levels[2]))
-
-    def shared_lay1(self, x: Tensor) -> Tensor:
-        """What x [B,d,h,w] adds to lay1: [B,d+heads,h,w]."""
         weight, bias = ops.weights(self.lay1, x.dtype)
-        return ops.conv2d(ops.image_layout(x), weight[:, : self.context_dim], bias, padding=1)
+        lay1 = ops.conv2d(ops.image_layout(x), weight[:, : self.context_dim], bias, padding=1)  # [B,d+heads,h,w]
+        levels = []
+        adapters = ((self.adapter1, self.lay3), (self.adapter2, self.lay4), (self.adapter3, self.lay5))
+        for fpn, (adapter, layer) in zip(fpns, adapters, strict=True):
+            adapted = ops.conv2d(ops.image_layout(fpn), *ops.weights(adapter, x.dtype))  # in the layer's channels
+            levels.append(ops.level(adapted, layer))
+        return Shared(lay1, tuple(levels))
 
-    def adapted(self, fpns: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """The feature maps [B,C_i,h_i,w_i], coarse to fine, in the channels of the convolutions that see them."""
-        adapters = (self.adapter1, self.adapter2, self.adapter3)
-        return [
-            ops.conv2d(ops.image_layout(fpn), *ops.weights(adapter, dtype))
-            for fpn, adapter in zip(fpns, adapters, strict=True)
-        ]
-
-    def queries(self, maps: Tensor, shared: Shared) -> Tensor:
-        """Mask logits [K,H,W], float32 at least, from the attention maps [K,heads,h,w] of one image's queries."""
-        dtype = maps.dtype
-        x = ops.group_norm_relu(self._attention_lay1(maps).add_(shared.lay1), self.gn1)
-        x = ops.group_norm_relu(ops.conv2d(x, *ops.weights(self.lay2, dtype), padding=1), self.gn2)
-        layers = ((self.lay3, self.gn3), (self.lay4, self.gn4), (self.lay5, self.gn5))
-        for (layer, norm), level in zip(layers, shared.levels, strict=True):
-            weight, _ = ops.weights(layer, dtype)
-            x = ops.upsample_conv(x, weight, self._phases(layer, dtype), (level.shape[2], level.shape[3])).add_(level)
-            x = ops.group_norm_relu(x, norm)
-        x = ops.conv2d(x, *ops.weights(self.out_lay, dtype), padding=1)
-        return x[:, 0].to(torch.promote_types(dtype, torch.float32))
-
-    def batched_queries(self, maps: Tensor, image: Tensor, lay1: Tensor, levels: Sequence[Tensor]) -> Tensor:
-        """Mask logits [N,H,W], float32 at least, from the attention maps [N,heads,h,w] of the images' queries.
-
-        Each normalisation is fused with what follows: upsampling, and the sum with the image's feature map.
+    def queries(self, maps: Tensor, image: int | Tensor, shared: Shared) -> Tensor:
+        """Mask logits [N,H,W], float32 at least, from the attention maps [N,heads,h,w] of queries.
 
         Args:
-            image: int64 [N].
-            lay1: `shared_lay1`.
-            levels: `adapted`.
+            image: of all queries, or of each, int64 [N].
+            shared: of all images.
         """
         dtype = maps.dtype
-        x = ops.group_norm_relu(self._attention_lay1(maps) + lay1[image], self.gn1)
-        x = ops.conv2d(x, *ops.weights(self.lay2, dtype), padding=1)
+        weight, _ = ops.weights(self.lay1, dtype)
+        x = ops.conv2d(ops.image_layout(maps), weight[:, self.context_dim :], None, padding=1)
+        x = ops.group_norm_relu(x.add_(shared.lay1[image]), self.gn1)  # [N,d+heads,h,w]
+        x = ops.conv2d(x, *ops.weights(self.lay2, dtype), padding=1)  # [N,d/2,h,w]
         layers = ((self.gn2, self.lay3), (self.gn3, self.lay4), (self.gn4, self.lay5))
-        for (norm, layer), level in zip(layers, levels, strict=True):
-            x = ops.group_norm_relu_upsample(x, norm, level, image, (level.shape[2], level.shape[3]))
-            x = ops.conv2d(x, *ops.weights(layer, dtype), padding=1)
-        x = ops.conv2d(ops.group_norm_relu(x, self.gn5), *ops.weights(self.out_lay, dtype), padding=1)
-        return x[:, 0].to(torch.promote_types(dtype, torch.float32))
+        for (norm, layer), level in zip(layers, shared.levels, strict=True):
+            x = ops.norm_upsample_conv(x, norm, layer, level, image)  # [N,d/4,2h,2w], [N,d/8,4h,4w], [N,d/16,8h,8w]
+        x = ops.conv2d(ops.group_norm_relu(x, self.gn5), *ops.weights(self.out_lay, dtype), padding=1)  # [N,1,H,W]
+        return x[:, 0].to(reference.at_least_float32(dtype))
 
-    def _attention_lay1(self, maps: Tensor) -> Tensor:
-        """What the attention maps [N,heads,h,w] add to lay1."""
-        weight, _ = ops.weights(self.lay1, maps.dtype)
-        return ops.conv2d(ops.image_layout(maps), weight[:, self.context_dim :], None, padding=1)
-
-    def _phases(self, layer: nn.Conv2d, dtype: torch.dtype) -> Tensor:
-        return ops.kept(
-            layer, "phases", dtype, (layer.weight,), lambda: ops.image_layout(ops.phase_kernels(layer.weight).to(dtype))
-        )
+    def definition(self, x: Tensor, bbox_mask: Tensor, fpns: Sequence[Tensor]) -> Tensor:
+        """`forward` as facebookresearch/detr computes it: all feature maps are repeated for each query."""
+        queries = bbox_mask.shape[1]
+        x = torch.cat([x.repeat_interleave(queries, 0), bbox_mask.flatten(0, 1)], 1)  # [B*Q,d+heads,h,w]
+        x = self.gn1(self.lay1(x)).relu()
+        x = self.gn2(self.lay2(x)).relu()
+        adapters = (self.adapter1, self.adapter2, self.adapter3)
+        layers = ((self.lay3, self.gn3), (self.lay4, self.gn4), (self.lay5, self.gn5))
+        for fpn, adapter, (conv, norm) in zip(fpns, adapters, layers, strict=True):
+            fpn = adapter(fpn).repeat_interleave(queries, 0)  # [B*Q,C,H,W]
+            x = norm(conv(fpn + F.interpolate(x, size=fpn.shape[-2:]))).relu()
+        return self.out_lay(x)
 
 
 def _checked_selection(selected: Any, logits: Tensor) -> Tensor:
@@ -323,3 +281,9 @@ def _checked_selection(selected: Any, logits: Tensor) -> Tensor:
         given = f"{selected.dtype} {list(selected.shape)}" if isinstance(selected, Tensor) else type(selected).__name__
         raise ValueError(f"select must return bool {list(logits.shape[:2])}, one for each query, got {given}")
     return selected
+
+
+def build_detr(config: DetrConfig) -> DETR | DETRsegm:
+    """A DETR of any size with random weights, as the paper initialises it; with the mask head where `config.masks`."""
+    detr = DETR(config)
+    return DETRsegm(detr) if config.masks else detr

@@ -1,6 +1,6 @@
 """The transformer (Carion et al. 2020, section A.3), normalising after each block.
 
-Exact rewrites of the definition in `reference.transformer`: (x + pos) W = x W + pos W, so that one GEMM gives Q, K and
+Exact rewrites of `Transformer.definition`: (x + pos) W = x W + pos W, so that one GEMM gives Q, K and
 V, and pos W, which depends on nothing but weights and shape, is kept; the keys and values of all decoder layers come
 from one GEMM over the memory; attention never returns its weights; tokens on padding are dropped where that is faster.
 """
@@ -40,6 +40,12 @@ class MultiheadAttention(nn.Module):
         d = self.embed_dim
         qk = F.linear(pos, self.in_proj_weight[: 2 * d], self.in_proj_bias[: 2 * d])
         return torch.cat((qk, self.in_proj_bias[2 * d :].expand(*qk.shape[:-1], d)), -1)
+
+    def definition(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None) -> Tensor:
+        """torch.nn.MultiheadAttention without its weights: query [B,Q,d], key and value [B,L,d] to [B,Q,d]."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        return self.out_proj(reference.attention(q, k, v, self.num_heads, padding))
 
 
 class Tokens:
@@ -229,22 +235,41 @@ class Transformer(nn.Module):
             which nothing may read, is 0 where the CPU skips it.
         """
         if ops.is_plain("transformer"):
-            return reference.transformer(self, src, mask, query_embed, pos_embed)
+            return self.definition(src, mask, query_embed, pos_embed)
         dtype, batch = src.dtype, src.shape[0]
         tokens = Tokens(None if mask is None else mask.flatten(1))
         encoder_biases, memory_bias = self._position_biases(pos_embed, dtype, tokens)
-        x = tokens.pack(_sequence(src)).to(torch.promote_types(dtype, torch.float32))
+        x = tokens.pack(_sequence(src)).to(reference.at_least_float32(dtype))  # [B,L,d], or packed [1,N,d]
         for layer, bias in zip(self.encoder.layers, encoder_biases, strict=True):
             x = layer(x, bias, tokens)
-        keys_values = ops.project(x.to(dtype), self.decoder.memory_projection(dtype), memory_bias)
+        keys_values = ops.project(x.to(dtype), self.decoder.memory_projection(dtype), memory_bias)  # [B,L,layers*2*d]
         pairs = keys_values.unflatten(-1, (len(self.decoder.layers), 2, self.d_model)).unbind(-3)
-        tgt = x.new_zeros(batch, *query_embed.shape)
+        tgt = x.new_zeros(batch, *query_embed.shape)  # [B,Q,d]
         hs = []
         query_biases = self._query_biases(query_embed, dtype)
         for layer, pair, biases in zip(self.decoder.layers, pairs, query_biases, strict=True):
             tgt = layer(tgt, *pair.unbind(-2), biases, tokens)
             hs.append(ops.layer_norm(tgt, self.decoder.norm))
         return torch.stack(hs), tokens.unpack(x).transpose(1, 2).unflatten(-1, src.shape[-2:])
+
+    def definition(
+        self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` in evaluation, without dropout, as facebookresearch/detr computes it."""
+        x, pos = _sequence(src), _sequence(pos_embed.to(src.dtype))  # [B,L,d]
+        padding = None if mask is None else mask.flatten(1)
+        for layer in self.encoder.layers:
+            x = layer.norm1(x + layer.self_attn.definition(x + pos, x + pos, x, padding))
+            x = layer.norm2(x + layer.linear2(layer.linear1(x).relu()))
+        query_pos = query_embed.expand(src.shape[0], -1, -1)  # [B,Q,d]
+        tgt, hs = torch.zeros_like(query_pos), []
+        for layer in self.decoder.layers:
+            q = tgt + query_pos
+            tgt = layer.norm1(tgt + layer.self_attn.definition(q, q, tgt))
+            tgt = layer.norm2(tgt + layer.multihead_attn.definition(tgt + query_pos, x + pos, x, padding))
+            tgt = layer.norm3(tgt + layer.linear2(layer.linear1(tgt).relu()))
+            hs.append(self.decoder.norm(tgt))
+        return torch.stack(hs), x.transpose(1, 2).unflatten(-1, src.shape[-2:])
 
     def _position_biases(self, pos_embed: Tensor, dtype: torch.dtype, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
         """For each encoder layer and for the memory. Kept for images without padding: they depend on the size alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections import deque
@@ -14,18 +15,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from tqdm import tqdm
 
+from detr_fast import ops
 from detr_fast.detr.detector import DETR
 from detr_fast.detr.nested import nested_tensor_from_tensor_list
 from detr_fast.detr.segmentation import DETRsegm
 from detr_fast.evaluation.average_precision import METRICS, AveragePrecision, has_masks
 from detr_fast.evaluation.ground_truth import GroundTruth
 from detr_fast.evaluation.panoptic_quality import VOID, PanopticQuality, read_ids
-from detr_fast.postprocess import PostProcess, binary_masks
+from detr_fast.postprocess import Kept, PostProcess, class_scores
 from detr_fast.predictor import Predictor
 from detr_fast.preprocess import image_to_tensor
 
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 # Without padding a batch is made of images of one shape; looking this many batches ahead finds them.
 BATCHES_AHEAD = 4
+MASKS_AT_ONCE = 1 << 26  # pixels of binary masks that are held at once: bytes
 READERS = min(8, os.cpu_count() or 1)  # threads that decode and resize images
 
 
@@ -101,12 +103,11 @@ def _predictor(model: Predictor | DETR | DETRsegm) -> Iterator[Predictor]:
     if isinstance(model, Predictor):
         yield model
     elif isinstance(model, (DETR, DETRsegm)):
-        training, dtype = model.training, model.compute_dtype
+        training = model.training
         try:
             yield Predictor(model, device=next(model.parameters()).device, mode="detr")
         finally:
             model.train(training)
-            model.compute_dtype = dtype
     else:
         raise TypeError(f"model must be a Predictor or a detr_fast DETR or DETRsegm, got {type(model).__name__}")
 
@@ -193,17 +194,10 @@ class _Scores:
 
     @torch.inference_mode()
     def add(self, batch: Sequence[_Sample]) -> None:
-        device = self._predictor.device
-        with torch.cuda.device(device if device.type == "cuda" else -1):  # on which kernels are launched
-            self._add(batch)
-
-    def _add(self, batch: Sequence[_Sample]) -> None:
         predictor = self._predictor
         samples = nested_tensor_from_tensor_list([sample.tensor for sample in batch]).to(predictor.device)
         padded_size = (samples.tensors.shape[2], samples.tensors.shape[3])
-        predictor.model.compute_dtype = predictor.dtype
-        options = {"select": self._wanted} if predictor.panoptic else {}
-        outputs = predictor.model(samples, **options)
+        outputs = predictor.forward(samples, select=self._wanted)
         sizes = torch.tensor([sample.target_size for sample in batch], device=predictor.device)
         logits = outputs["pred_logits"].float()
         detections = PostProcess()({"pred_logits": logits, "pred_boxes": outputs["pred_boxes"].float()}, sizes)
@@ -219,15 +213,14 @@ class _Scores:
                 self._ap["segm"].add(
                     sample.record, self._with_masks(results, masks[things[selected]], padded_size, sample)
                 )
-            if self._pq is not None:
-                segments = self._predictor.select(logits)[index]
-                self._count_segments(masks[segments[selected]], logits[index, segments], padded_size, sample)
+        if self._pq is not None:
+            self._count_segments(batch, outputs, padded_size)
 
     def _wanted(self, pred_logits: Tensor) -> Tensor:
         """bool [B, Q]: the queries whose masks a score depends on, from [B, Q, C+1]."""
         wanted = torch.zeros(pred_logits.shape[:2], dtype=torch.bool, device=pred_logits.device)
         if "segm" in self._ap:
-            wanted |= self._has_instances[pred_logits.float().softmax(-1)[..., :-1].max(-1).indices]
+            wanted |= self._has_instances[class_scores(pred_logits.float()).max(-1).indices]
         return wanted | self._predictor.select(pred_logits) if self._pq is not None else wanted
 
     def _with_masks(
@@ -236,20 +229,31 @@ class _Scores:
         """Results with masks in the boxes' place: pycocotools would take the objects' areas from the boxes."""
         if not results:
             return []
-        parts = binary_masks(logits, padded_size, sample.processed_size, sample.target_size)
-        masks = [mask for part in parts for mask in _run_lengths(part)]
+        sizes = ([sample.processed_size], [sample.target_size])
+        parts = logits.split(max(1, MASKS_AT_ONCE // math.prod(sample.target_size)))
+        binaries = (ops.mask_upsample([part], padded_size, *sizes, threshold=0.5)[0] for part in parts)
+        masks = [mask for binary in binaries for mask in _run_lengths(binary)]
         keys = ("category_id", "score")
         return [
             {**{key: result[key] for key in keys}, "segmentation": mask}
             for result, mask in zip(results, masks, strict=True)
         ]
 
-    def _count_segments(self, masks: Tensor, logits: Tensor, padded_size: tuple[int, int], sample: _Sample) -> None:
+    def _count_segments(self, batch: Sequence[_Sample], outputs: dict[str, Any], padded_size: tuple[int, int]) -> None:
+        """Merges the masks of a batch as the Predictor would, and counts their segments."""
+        segments = self._predictor.select(outputs["pred_logits"])
+        wanted = [among[selected] for among, selected in zip(segments, outputs["selected"], strict=True)]
+        kept = [
+            Kept(*(x[among] for x in image)) for image, among in zip(self._predictor.kept(outputs), wanted, strict=True)
+        ]
+        processed, targets = [sample.processed_size for sample in batch], [sample.target_size for sample in batch]
+        found = self._predictor.start_merges(kept, padded_size, processed, targets)()
+        for sample, (ids, segments_info) in zip(batch, found, strict=True):
+            assert ids is not None
+            self._count(sample, ids, segments_info)
+
+    def _count(self, sample: _Sample, ids: np.ndarray, segments_info: list[dict[str, Any]]) -> None:
         assert self._pq is not None and self._truth.panoptic is not None and sample.ids is not None
-        height, width = sample.processed_size
-        if (height, width) != padded_size and len(masks):
-            masks = F.interpolate(masks[None], size=padded_size, mode="bilinear")[0, :, :height, :width]
-        ids, segments_info = self._predictor.merge(masks, logits, (height, width), sample.target_size)
         listed = [info for info in segments_info if info["category_id"] in self._listed]
         self._unlisted += len(segments_info) - len(listed)
         # upstream counts ids from 0, which is void here

@@ -1,11 +1,11 @@
 """Labeling on Ray Data, which takes the stages to all machines of a cluster.
 
-    names -> decode and resize -> batches of one shape, model, merge -> encode, write, sync -> manifest
-             (tasks)              (actors)                              (tasks)                (this process)
+    names -> decode and resize -> batches of one size, model, merge -> encode, write, sync -> manifest
+             (tasks)              (actors)                             (tasks)                (this process)
 
-Every machine reads the folder of images and writes the output folder under the same paths. What goes from stage to
-stage are Arrow tables with one row an image: its name and what the last stage made of it, pickled. Ray holds a bounded
-number of them in its object store. Tasks do not import torch.
+Every machine reads the folder of images and writes the output folder under the same paths. Arrow tables go from stage
+to stage, with one row an image: its name and the last stage's value, pickled. Ray holds a bounded number of tables in
+its object store. Tasks do not import torch.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from detr_fast.labeling.workers import SharedMemory, WorkerDied, WorkerPool, por
 if TYPE_CHECKING:
     from detr_fast.labeling.local import Job
 
-# What an actor takes without a GPU. It is not 0, for machines that have no CPU to give, and not 1, as reading takes, or
-# Ray Data would let the actor read, too.
+# The CPUs of an actor without a GPU: more than 0, for machines that have no CPU to give, and less than 1, as reading
+# takes, or Ray Data would let the actor read, too.
 MODEL_CPUS = 0.5
-WINDOW_BATCHES = 4  # an actor is given so many batches of images at once, of which those of one shape share a batch
+WINDOW_BATCHES = 4  # an actor is given so many batches of images at once, of which images of one size share a batch
 
 
 class ClusterEngine:
@@ -80,7 +80,7 @@ class ClusterEngine:
                 missing -= self._record(_rows(table))
 
     def _results(self, files: Sequence[str]) -> Generator[pa.Table, None, None]:
-        """Rows of (file, record for the manifest, or what a stage raised)."""
+        """Rows of (file, record for the manifest, or the exception of a stage)."""
         from detr_fast.labeling.model import slot_bytes
 
         on_gpu = self._job.predictor.device.type == "cuda"
@@ -123,7 +123,7 @@ class ClusterEngine:
         }
 
     def _record(self, rows: Iterable[tuple[str, Any]]) -> int:
-        """Adds images to the manifest whose files are safe on the disk, and counts them; raises what a stage raised."""
+        """Adds images to the manifest whose files are safe on the disk, and counts them. Raises a stage's exception."""
         lines: list[tuple[str, dict[str, Any]]] = []
         for file, value in rows:
             if isinstance(value, _Failure):
@@ -173,8 +173,8 @@ def _rows(table: pa.Table) -> Iterator[tuple[str, Any]]:
 
 
 def _stage(function: Callable[..., Iterator[pa.Table]]) -> Callable[..., Iterator[pa.Table]]:
-    """What a stage raises goes on in the place of its images, and is raised again where the run is recorded: Ray Data
-    would change it, print it, and start an actor anew."""
+    """Sends a stage's exception on in the place of its images, to be raised where the run is recorded: Ray Data would
+    change it, print it, and start an actor anew."""
 
     @wraps(function)
     def stage(*args: Any) -> Iterator[pa.Table]:
@@ -198,10 +198,11 @@ class _Model:
     """The model of a `Predictor`, for rows of (file, (ids, segments_info)).
 
     It runs in a process beside the Ray worker that this is, as Ray would start a killed one anew, and repeat its task,
-    for ever. What kills that process twice are tried again alone, so that only the images fail that do it.
+    for ever. The images of a call that kills the process twice are tried again one by one, so that only the image fails
+    that kills it.
 
     Args:
-        model: what torch saved, in Ray's object store.
+        model: the model as torch saved it, in Ray's object store.
         slots, slot_bytes: memory for the images that are given at once.
         device, options, threads: as `model.model_process` has them.
     """
@@ -223,7 +224,7 @@ class _Model:
 
     @cached_property
     def _process(self) -> WorkerPool:
-        """Made when a stage needs it, for what is raised to be the stage's error."""
+        """Started when a stage needs it, so that an exception is the stage's."""
         from detr_fast.labeling.model import in_memory, model_process
 
         model = self._stack.enter_context(in_memory(lambda file: file.write(ray.get(self._model))))

@@ -1,4 +1,4 @@
-"""What a labeling run has done so far, on disk: run.json, once, and manifest.jsonl, one line an image.
+"""The record of a labeling run on disk: run.json, once, and manifest.jsonl, one line an image.
 
 A line is `{"file", "settings", "width", "height", "segments_info", ...}` of an image that is labelled, with the fields
 that the formats add ("rle"), and `{"file", "settings", "error"}` of one that failed; it is written when the image's
@@ -34,7 +34,7 @@ class OccupiedError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """What run.json holds.
+    """The content of run.json.
 
     Attributes:
         settings: everything that decides the labels of an image.
@@ -99,9 +99,9 @@ def locked(out: Path) -> Iterator[None]:
 
 
 class Manifest:
-    """manifest.jsonl of one run. Of each image only the place of its line is in memory.
+    """manifest.jsonl of one run. Only the place of each image's line is in memory.
 
-    Opening it drops what a kill or a loss of power left of the last lines, and failures, which are to be tried again.
+    Opening it drops lines that a kill or a loss of power left unfinished, and failures, which are tried again.
 
     Args:
         out: the output folder.

@@ -15,7 +15,7 @@ import torch
 from detr_fast.images import SENT_BYTES
 from detr_fast.labeling.stages import MAX_PIXELS, Found, Slot
 from detr_fast.labeling.workers import SharedMemory, WorkerPool, anonymous_file
-from detr_fast.predictor import Pixels, Predictor
+from detr_fast.predictor import Predictor
 
 OPTIONS = ("dtype", "threshold", "mode", "batch_size", "class_thresholds", "size", "max_size")
 
@@ -34,10 +34,7 @@ class Model:
 
     def start(self, batch: Sequence[Slot]) -> Callable[[], list[Found]]:
         """Begins with a batch of images of one size; the function that is returned waits for their segments."""
-        images = [slot.pixels(self._memory) for slot in batch]
-        wait = self._predictor.start_segments(
-            [Pixels(torch.from_numpy(image.array), image.size, image.target) for image in images]
-        )
+        wait = self._predictor.start_segments([slot.pixels(self._memory) for slot in batch])
         return lambda: [self._place(slot, *segments) for slot, segments in zip(batch, wait(), strict=True)]
 
     def _place(self, slot: Slot, ids: np.ndarray | None, segments_info: list[dict[str, Any]]) -> Found:

@@ -102,8 +102,8 @@ def label(
     `run.json`, from which `resume` goes on; the JSON comes at the end. Nothing of this depends on `batch_size`,
     `workers`, shards, or on where a run was interrupted. Memory does not grow with the number of images.
 
-    SIGINT and SIGTERM end the run once what has been started is written (on Ray at once), and are then raised again, if
-    this is called in the main thread.
+    SIGINT and SIGTERM end the run once the images that have been started are written (on Ray at once), and are then
+    raised again, if this is called in the main thread.
 
     Args:
         images: the folder; `out` may lie in it and is then not searched.
@@ -123,16 +123,16 @@ def label(
             outputs of all.
         formats: the formats to write, of "panoptic", "instances" and "semantic".
         exif: turn images the way their EXIF orientation says.
-        resume: go on with what `out` holds, if anything. Images that failed are tried again.
+        resume: go on with the run that `out` holds, if any. Images that failed are tried again.
         overwrite: remove the run that `out` holds.
         preview: write report.html, a page that shows this number of the images with their labels, and statistics.
 
     Raises:
         ValueError: an argument is not as above, `images` holds no images, the model has no mask head, Ray is not
             installed.
-        OccupiedError: (a ValueError) `out` holds another run, or something else in the place of its files.
-        OSError: a folder cannot be read or a file cannot be written; what was written before is kept.
-        RuntimeError: Ray cannot be started or reached, its cluster lacks what the model needs, or it gives up.
+        OccupiedError: (a ValueError) `out` holds another run, or other files in the place of its own.
+        OSError: a folder cannot be read or a file cannot be written; earlier labels are kept.
+        RuntimeError: Ray cannot be started or reached, its cluster lacks a GPU or CPU for the model, or it gives up.
     """
     options = Options(
         workers, devices, engine, classes, min_area, limit, shard, formats, exif, resume, overwrite, preview
@@ -198,7 +198,7 @@ def label_files(
 
 
 def check_engine(engine: str, workers: int | None = None, devices: Sequence[str] = ()) -> None:
-    """Raises ValueError for an engine that is unknown, not installed, or does not take what else is given."""
+    """Raises ValueError for an engine that is unknown, not installed, or does not go with the other options."""
     if engine not in PACKAGES:
         raise ValueError(f"engine must be one of {', '.join(PACKAGES)}, got {engine!r}")
     if missing := [package for package in PACKAGES[engine] if importlib.util.find_spec(package) is None]:

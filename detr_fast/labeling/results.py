@@ -20,7 +20,7 @@ FAILURES_SHOWN = 100
 
 @dataclass
 class LabelSummary:
-    """What became of the images that were found.
+    """The outcome of a run, in counts of images and segments.
 
     Attributes:
         labelled, failed: how many; together all that were found.
@@ -28,8 +28,8 @@ class LabelSummary:
         classes: how many segments each class id has.
         areas: how many segments have an area in pixels, in binary, of so many digits.
         failures: the first of failures.jsonl.
-        computed: how many of the images this run did itself, without those that it resumed.
-        seconds: what it took for them.
+        computed: images that this run labelled itself, without the images of the run that it resumed.
+        seconds: the time that they took.
     """
 
     labelled: int = 0
@@ -57,7 +57,7 @@ def write_results(manifest: Manifest, run: Run, out: Path) -> tuple[LabelSummary
     """Writes the result files of the run's formats and, last of all, failures.jsonl.
 
     Returns:
-        What was counted, and the ids of the images that are labelled.
+        The summary, and the ids of the images that are labelled.
 
     Raises:
         OSError: a file cannot be written.

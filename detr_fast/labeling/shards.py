@@ -16,7 +16,7 @@ LINES_AT_ONCE = 1000
 
 
 def merge_shards(shards: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> LabelSummary:
-    """Joins the outputs of `label` for all shards of a folder of images to what one run gives, byte for byte.
+    """Joins the outputs of `label` for all shards of a folder of images to the output of one run, byte for byte.
 
     The images' files are hard links to the shards' where the file system allows it, else copies.
 

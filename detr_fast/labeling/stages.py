@@ -27,12 +27,12 @@ from detr_fast.labeling.workers import SharedMemory, WorkerDied
 T = TypeVar("T")
 
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of an image, which is Pillow's limit
-UNREADABLE = (ValueError, OSError, MemoryError, WorkerDied)  # what reading an image may raise
+UNREADABLE = (ValueError, OSError, MemoryError, WorkerDied)  # exceptions of reading an image
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How images become what the model reads.
+    """How images are read and resized.
 
     Attributes:
         exif: turn them the way their EXIF orientation says.
@@ -70,7 +70,7 @@ class Encoded:
 
     Attributes:
         files: the content of each file, by its path below the output folder.
-        record: what the manifest holds: "width", "height", "segments_info" as COCO has it, and the formats' fields.
+        record: the line of the manifest: "width", "height", "segments_info" as COCO has it, and the formats' fields.
     """
 
     files: dict[str, bytes]

@@ -71,7 +71,7 @@ class WorkerDied(Exception):
 class SharedMemory:
     """Slots of equal size in memory that processes share through a file descriptor.
 
-    Slots may be far larger than what is put into them: only pages that are written to take memory.
+    Slots may be far larger than their content: only pages that are written to take memory.
 
     Args:
         slots, slot_bytes: how many, and the most that each can hold.
@@ -98,7 +98,7 @@ class SharedMemory:
         return np.ndarray(shape, dtype, buffer=self._map, offset=slot * self.slot_bytes + offset)
 
     def empty(self, slot: int) -> None:
-        """Gives back what an unusually large image took."""
+        """Gives back the memory of an unusually large image."""
         if hasattr(mmap, "MADV_REMOVE") and self.slot_bytes > RESIDENT:
             self._map.madvise(mmap.MADV_REMOVE, slot * self.slot_bytes + RESIDENT, self.slot_bytes - RESIDENT)
 
@@ -159,7 +159,7 @@ class WorkerPool:
         self._thread.start()
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Calls `function(*args)` in one of the processes. All of it is pickled, and so is what it returns or raises.
+        """Calls `function(*args)` in one of the processes. The call is pickled, and so is its value or exception.
 
         The future has `WorkerDied` if two processes died over it, and RuntimeError if none can be started.
         """
@@ -285,7 +285,7 @@ class WorkerPool:
 
 
 def serve(descriptor: int) -> None:
-    """Runs what the other end of the socket asks for, until that is closed."""
+    """Runs the calls that come through a socket, until its other end is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the process that started this one decides when it ends
     connection = Connection(descriptor)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from detr_fast.ops.policy import is_plain
 
 T = TypeVar("T")
 
@@ -19,27 +23,28 @@ CAPACITY = 4
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[str, OrderedDict[Hashable, tuple[Any, Any]]]] = (
     weakref.WeakKeyDictionary()
 )
-
-_holders: list[list[Any]] = []
+_lock = threading.Lock()  # of `_kept`: any number of threads may use one model
+_holder: ContextVar[list[Any] | None] = ContextVar("_holder", default=None)
 
 
 @contextmanager
 def holding() -> Iterator[list[Any]]:
-    """Collects what `derived` returns within it. A CUDA graph reads those tensors for as long as it is replayed, while
+    """Collects what `kept` returns within it. A CUDA graph reads those tensors for as long as it is replayed, while
     here they are dropped once `CAPACITY` others came."""
     values: list[Any] = []
-    _holders.append(values)
+    token = _holder.set(values)
     try:
         yield values
     finally:
-        _holders.pop()
+        _holder.reset(token)
 
 
-def derived(owner: nn.Module, name: str, key: Hashable, sources: Sequence[Tensor], build: Callable[[], T]) -> T:
-    """What `build` returns, computed anew only when one of `sources` has changed since the last call.
+def kept(owner: nn.Module, name: str, key: Hashable, sources: Sequence[Tensor], build: Callable[[], T]) -> T:
+    """The value of `build`, computed anew only when one of `sources` has changed since the last call.
 
     Values live as long as `owner` does and are no part of its state: copies and pickles of it start empty. While
-    gradients flow to a source, or under torch.compile and torch.export, `build` runs each time.
+    gradients flow to a source, under torch.compile and torch.export, and where the rewrite "cache" is off, `build` runs
+    each time.
 
     Args:
         owner: the module that the value belongs to.
@@ -47,22 +52,26 @@ def derived(owner: nn.Module, name: str, key: Hashable, sources: Sequence[Tensor
         key: everything besides `sources` that `build` depends on.
         sources: the tensors that `build` reads.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
+    if is_plain("cache") or torch.compiler.is_compiling():
         return build()
-    entries = _kept.setdefault(owner, {}).setdefault(name, OrderedDict())
+    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+        return build()
     fingerprint = [_fingerprint(source) for source in sources]
-    held = entries.get(key)
-    if held is None or held[0] != fingerprint:
+    with _lock:
+        entry = _kept.setdefault(owner, {}).setdefault(name, OrderedDict()).get(key)
+    if entry is None or entry[0] != fingerprint:
         # a value built in inference mode could not be used by autograd later
         with torch.inference_mode(False), torch.no_grad():
-            held = (fingerprint, build())
-        entries[key] = held
-    entries.move_to_end(key)
-    while len(entries) > CAPACITY:
-        entries.popitem(last=False)
-    for values in _holders:
-        values.append(held[1])
-    return held[1]
+            entry = (fingerprint, build())
+    with _lock:
+        entries = _kept[owner][name]
+        entries[key] = entry
+        entries.move_to_end(key)
+        while len(entries) > CAPACITY:
+            entries.popitem(last=False)
+    if (holder := _holder.get()) is not None:
+        holder.append(entry[1])
+    return entry[1]
 
 
 def _fingerprint(tensor: Tensor) -> tuple[int, int, int]:

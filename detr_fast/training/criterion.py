@@ -276,7 +276,11 @@ def matched_selection(outputs: Outputs, indices: Indices) -> Tensor:
 
 
 def forward_matched(
-    model: DETR | DETRsegm, samples: Samples, targets: Targets, criterion: SetCriterion
+    model: DETR | DETRsegm,
+    samples: Samples,
+    targets: Targets,
+    criterion: SetCriterion,
+    dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Any], Losses]:
     """The model's outputs and their losses, with masks for the matched queries only.
 
@@ -286,7 +290,7 @@ def forward_matched(
 
     Args:
         model: `DETR`, or `DETRsegm` where the criterion has a "masks" loss.
-        samples: images, as the model takes them.
+        samples, dtype: images, as the model takes them, and what it computes in.
         targets: as `SetCriterion.forward` takes them.
 
     Returns:
@@ -296,7 +300,7 @@ def forward_matched(
         ValueError: a "masks" loss for a model without masks, and all that `SetCriterion.forward` raises.
     """
     detr = model.detr if isinstance(model, DETRsegm) else model
-    encoded = model.encode(samples)
+    encoded = model.encode(samples, dtype)
     outputs = detr.predict(encoded)
     if "masks" not in criterion.losses:
         return outputs, criterion(outputs, targets)

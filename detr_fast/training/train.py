@@ -40,8 +40,8 @@ from detr_fast.data.coco import (
     training_transforms,
 )
 from detr_fast.detr.backbone import thaw_batch_norm
-from detr_fast.detr.detector import DETR, build_detr
-from detr_fast.detr.segmentation import DETRsegm
+from detr_fast.detr.detector import DETR
+from detr_fast.detr.segmentation import DETRsegm, build_detr
 from detr_fast.predictor import Predictor
 from detr_fast.training.criterion import SetCriterion, forward_matched
 from detr_fast.training.loader import Batch, Order, Portions, batches, mixed
@@ -84,7 +84,7 @@ class TrainSettings:
         query_groups: sets of object queries that learn beside each other, of which the first is kept (Group DETR, Chen
             et al. 2023): an object then teaches as many queries at once. Boxes only: a mask head is trained afterwards.
         ema: decay of a moving average of the weights, which is then what is saved; 0: none.
-        amp: compute in bfloat16 what `DETR.compute_dtype` covers.
+        amp: compute in bfloat16 what `DETR.forward`'s `dtype` covers.
         size: pixels of the images' short side, the long one having at most 5 / 3 of them; None: as the config says.
         augment: "paper", "flip" or "none", as `training_transforms` takes it.
         seed: of weights, order, augmentation and dropout.
@@ -295,17 +295,24 @@ def _load(model: DETR | DETRsegm, checkpoint: Checkpoint) -> list[str]:
 class LossModule(nn.Module):
     """A model and its criterion as one module, so that DistributedDataParallel sees what it must."""
 
-    def __init__(self, model: DETR | DETRsegm, criterion: SetCriterion, query_groups: int = 1):
+    def __init__(
+        self,
+        model: DETR | DETRsegm,
+        criterion: SetCriterion,
+        query_groups: int = 1,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.model = model
         self.criterion = criterion
         self.query_groups = query_groups
+        self.dtype = dtype
 
     def forward(self, samples: Any, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         if self.query_groups == 1:
-            return forward_matched(self.model, samples, targets, self.criterion)[1]
+            return forward_matched(self.model, samples, targets, self.criterion, self.dtype)[1]
         # self-attention keeps the groups apart, and each is matched on its own, as if it were another image's
-        outputs = self.model(samples)
+        outputs = self.model(samples, dtype=self.dtype)
         grouped = [_one_group_an_image(layer, self.query_groups) for layer in (outputs, *outputs["aux_outputs"])]
         repeated = [target for target in targets for _ in range(self.query_groups)]
         return self.criterion({**grouped[0], "aux_outputs": grouped[1:]}, repeated)
@@ -347,9 +354,10 @@ class Trainer:
             _add_query_groups(detr, settings.query_groups)
         model.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as gradients are
         model.aux_loss = not settings.freeze_detr  # without gradients, losses of inner layers are of no use
-        model.compute_dtype = torch.bfloat16 if settings.amp else None
         criterion = build_criterion(model.config, model.aux_loss).to(world.device)
-        self.losses: nn.Module = LossModule(model, criterion, settings.query_groups)
+        self.losses: nn.Module = LossModule(
+            model, criterion, settings.query_groups, torch.bfloat16 if settings.amp else None
+        )
         self.weights = criterion.weight_dict
         if world.size > 1:
             self.losses = DistributedDataParallel(

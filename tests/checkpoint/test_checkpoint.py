@@ -30,8 +30,8 @@ from detr_fast.categories import COCO_PANOPTIC
 from detr_fast.checkpoint import CheckpointError, checkpoint, load_model, read_checkpoint, save_model
 from detr_fast.checkpoint.dialects import plain_name, to_canonical, unprefixed
 from detr_fast.config import DetrConfig
-from detr_fast.detr.detector import build_detr
 from detr_fast.detr.nested import NestedTensor
+from detr_fast.detr.segmentation import build_detr
 
 
 def timm_name(name: str) -> str:

@@ -17,8 +17,8 @@ from detr_fast.checkpoint import CheckpointError, save_model
 from detr_fast.compat import hub
 from detr_fast.compat.accelerate import accelerate
 from detr_fast.compat.transformers import DetrForObjectDetection, DetrForSegmentation
-from detr_fast.detr.detector import DETR, build_detr
-from detr_fast.detr.segmentation import DETRsegm
+from detr_fast.detr.detector import DETR
+from detr_fast.detr.segmentation import DETRsegm, build_detr
 from detr_fast.postprocess import PostProcess, PostProcessPanoptic
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,12 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
+from contract import picture
+from detr_fast import ops
 from detr_fast.detr import graphs
 from detr_fast.detr.graphs import SHAPES, Graphs, Recording, bucket
-from detr_fast.kernels import attention_map, group_norm_relu_upsample, panoptic_merge  # noqa: F401
 from detr_fast.ops import cache
 from detr_fast.predictor import Predictor
-from test_predictor import picture
 from tiny import tiny_detr
 
 
@@ -27,7 +28,7 @@ class Recorder:
 
     def __call__(self, call: Callable[[], Any]) -> Recording:
         self.count += 1
-        with cache.holding() as held:
+        with ops.holding() as held:
             outputs = call()
 
         def replay() -> None:
@@ -59,6 +60,14 @@ def above(threshold: float) -> Callable[[torch.Tensor], torch.Tensor]:
 def test_buckets(count: int, batch: int, expected: int) -> None:
     assert bucket(count, batch, 100) == expected
     assert bucket(count, batch, 10) <= 10 * batch or count > 10 * batch
+
+
+@pytest.fixture(autouse=True)
+def pretended(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU, but for its kernels, in whose place the operations' CPU bodies run."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with contextlib.nullcontext() if request.node.get_closest_marker("gpu") else ops.pretend("sm_90"):
+        yield
 
 
 @pytest.fixture
@@ -110,12 +119,12 @@ def test_graphs_are_few_and_follow_the_weights(model: torch.nn.Module) -> None:
 
 def test_what_a_graph_reads_outlives_the_cache() -> None:
     owner = torch.nn.Linear(1, 1).requires_grad_(False)
-    with cache.holding() as held:
-        first = cache.derived(owner, "x", 0, [owner.weight], lambda: torch.ones(1))
+    with ops.holding() as held:
+        first = ops.kept(owner, "x", 0, [owner.weight], lambda: torch.ones(1))
     for key in range(1, cache.CAPACITY + 2):
-        cache.derived(owner, "x", key, [owner.weight], lambda: torch.zeros(1))
+        ops.kept(owner, "x", key, [owner.weight], lambda: torch.zeros(1))
     assert held[0] is first
-    assert cache.derived(owner, "x", 0, [owner.weight], lambda: torch.zeros(1)) is not first
+    assert ops.kept(owner, "x", 0, [owner.weight], lambda: torch.zeros(1)) is not first
 
 
 def rounded(info: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from contract import assert_contract
 from detr_fast import ops, reference
 from detr_fast.config import DetrConfig
-from detr_fast.detr.detector import build_detr
 from detr_fast.detr.nested import NestedTensor, nested_tensor_from_tensor_list
-from detr_fast.ops.cache import derived
+from detr_fast.detr.segmentation import build_detr
 
 CONFIG = DetrConfig(
     backbone="resnet50",
@@ -64,12 +64,6 @@ def truth(model, samples, **kwargs):
     return out
 
 
-def assert_contract(fast, plain, exact):
-    """err(fast) <= 2 * err(plain) + 1e-6, against float64."""
-    error, allowed = (fast - exact).abs().max().item(), 2 * (plain - exact).abs().max().item() + 1e-6
-    assert error <= allowed, f"{error:.2e} > {allowed:.2e}"
-
-
 @pytest.mark.parametrize("sizes", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("step", [*ops.REWRITES, "all"])
 def test_each_rewrite_alone_and_all_together(model, step, sizes):
@@ -108,7 +102,7 @@ def test_chunks_do_not_change_the_masks(model, monkeypatch):
     samples = images(BATCHES["odd"])
     with torch.no_grad():
         whole = model(samples)["pred_masks"]
-        monkeypatch.setattr("detr_fast.detr.segmentation.CHUNK_BYTES", 1)
+        monkeypatch.setattr("detr_fast.ops.masks.CHUNK_BYTES", 1)
         torch.testing.assert_close(model(samples)["pred_masks"], whole, rtol=0, atol=1e-5)
 
 
@@ -182,7 +176,7 @@ def test_nothing_reads_the_padding(model):
             torch.testing.assert_close(alone[name], batch[name][:1], rtol=0, atol=1e-5)
         encoded = model.detr.encode(samples)
         encoded["memory"] = torch.where(encoded["mask"][:, None], 1e3, encoded["memory"])
-        masks = torch.stack(model._image_by_image(list(encoded["hs"][-1]), encoded))
+        masks = model.predict(encoded)["pred_masks"]
     torch.testing.assert_close(masks, batch["pred_masks"], rtol=0, atol=1e-5)
 
 
@@ -231,7 +225,7 @@ def test_what_is_kept_is_bounded():
     owner = torch.nn.Identity()
     built = []
     for key in [*range(6), 5, 4, 0]:
-        derived(owner, "squares", key, (), lambda key=key: built.append(key))
+        ops.kept(owner, "squares", key, (), lambda key=key: built.append(key))
     assert built == [0, 1, 2, 3, 4, 5, 0]  # 5 and 4 were kept, 0 was the first to go
 
 
@@ -239,13 +233,9 @@ def test_what_is_kept_is_bounded():
 def test_low_precision_stays_close_and_finite(model, dtype):
     samples = images(BATCHES["padded"])
     exact = truth(model, samples)
-    model.compute_dtype = dtype
-    try:
-        with torch.no_grad():
-            out = model(samples)
-            loud = model([1e4 * image for image in samples])
-    finally:
-        model.compute_dtype = None
+    with torch.no_grad():
+        out = model(samples, dtype=dtype)
+        loud = model([1e4 * image for image in samples], dtype=dtype)
     digits = 2.0 ** -(7 if dtype == torch.bfloat16 else 10)
     for name in ("pred_logits", "pred_boxes", "pred_masks"):
         assert out[name].dtype == torch.float32

@@ -26,7 +26,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from detr_fast.evaluation.panoptic_quality import panoptic_quality
-from detr_fast.images import grey_png, panoptic_png, run_lengths
+from detr_fast.images import Pixels, grey_png, panoptic_png, run_lengths
 from detr_fast.images.deflate import zlib_stream
 from detr_fast.labeling import interrupt, pipeline
 from detr_fast.labeling.listing import find_images
@@ -36,7 +36,7 @@ from detr_fast.labeling.pipeline import label
 from detr_fast.labeling.shards import merge_shards
 from detr_fast.labeling.stages import Reading, Writing, decode, encode
 from detr_fast.postprocess import rgb_to_id
-from detr_fast.predictor import Pixels, Predictor
+from detr_fast.predictor import Predictor
 from detr_fast.preprocess import batch_of_size, image_to_tensor
 from tiny import tiny_detr
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_rewrites import BATCHES, CONFIG, assert_contract, images, make_model, truth
+from test_rewrites import BATCHES, CONFIG, images, make_model, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from contract import assert_contract
 from detr_fast import ops
-from detr_fast.detr.detector import build_detr
+from detr_fast.detr.segmentation import build_detr
 from detr_fast.kernels import (  # noqa: F401
     add_layer_norm,
     attention,
@@ -21,20 +22,19 @@ from detr_fast.kernels import (  # noqa: F401
     mask_upsample,
     panoptic_merge,
 )
+from detr_fast.kernels.common import DEVICES
+from detr_fast.ops import choices
 
-MODERN, VOLTA = ops.Gpu(True, 132), ops.Gpu(False, 80)
+MODERN, VOLTA = DEVICES["sm_90"], DEVICES["sm_70"]
 OUTPUTS = ("pred_logits", "pred_boxes", "pred_masks")
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
-    """A GPU as far as `ops` can tell."""
-    kind = getattr(request, "param", MODERN)
-    monkeypatch.setattr(ops, "uses_kernels", lambda x: x.dtype in ops.KERNEL_DTYPES and not ops.is_plain("kernels"))
-    monkeypatch.setattr(ops, "gpu", lambda device: kind)
-    monkeypatch.setattr(ops, "_ONEDNN", False)
-    monkeypatch.setattr(ops, "packs_tokens", lambda padding: False)
-    yield
+    """A GPU, but for its kernels, in whose place the operations' CPU bodies run."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with ops.pretend(getattr(request, "param", "sm_90")):
+        yield
 
 
 class Calls(TorchDispatchMode):
@@ -56,14 +56,13 @@ def model():
 
 
 @pytest.mark.parametrize("sizes", BATCHES.values(), ids=BATCHES)
-def test_computes_the_definition(model, sizes, gpu, monkeypatch):
+def test_computes_the_definition(model, sizes, gpu):
     """In float64, where nothing but the algebra is left to differ."""
-    monkeypatch.setattr(ops, "uses_kernels", lambda x: not ops.is_plain("kernels"))
     samples = images(sizes)
     exact = truth(model, samples)
     model.double()
     try:
-        with torch.no_grad(), Calls() as calls:
+        with ops.pretend("sm_90", float64=True), torch.no_grad(), Calls() as calls:
             fast = model([image.double() for image in samples])
     finally:
         model.float()
@@ -98,7 +97,7 @@ def test_selected_masks_and_chunks(kept, dilation, gpu, monkeypatch):
         row[torch.randperm(17, generator=torch.Generator().manual_seed(count))[:count]] = True
     with torch.no_grad():
         every = model(samples)["pred_masks"]
-        monkeypatch.setattr("detr_fast.detr.segmentation.GPU_CHUNK_BYTES", 1)
+        monkeypatch.setattr("detr_fast.ops.masks.GPU_CHUNK_BYTES", 1)
         some = model(samples, select=lambda logits: wanted)["pred_masks"]
     for masks, all_masks, row in zip(some, every, wanted, strict=True):
         assert masks.shape == (int(row.sum()), *all_masks.shape[1:])
@@ -106,7 +105,7 @@ def test_selected_masks_and_chunks(kept, dilation, gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [BATCHES["odd"], BATCHES["padded"]], ids=["alone", "padded"])
-@pytest.mark.parametrize("gpu", [MODERN, VOLTA], ids=["sm_90", "sm_70"], indirect=True)
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_70"], indirect=True)
 def test_which_operations_run(model, sizes, gpu, request):
     modern = "sm_90" in request.node.name
     with torch.no_grad(), Calls() as calls:
@@ -173,13 +172,9 @@ def test_compiles_whole_and_exports_with_the_operations(model, gpu):
 def test_float16_stays_close_and_finite(model, gpu):
     samples = images(BATCHES["padded"])
     exact = truth(model, samples)
-    model.compute_dtype = torch.float16
-    try:
-        with torch.no_grad():
-            out = model(samples)
-            loud = model([1e4 * image for image in samples])
-    finally:
-        model.compute_dtype = None
+    with torch.no_grad():
+        out = model(samples, dtype=torch.float16)
+        loud = model([1e4 * image for image in samples], dtype=torch.float16)
     for name in OUTPUTS:
         spread = (exact[name].max() - exact[name].min()).item()
         assert (out[name] - exact[name]).abs().max().item() <= 16 * 2.0**-10 * spread
@@ -197,7 +192,7 @@ def test_float16_stays_close_and_finite(model, gpu):
     ],
 )
 def test_attention_choice(arguments, kernel, reason):
-    choice = ops.attention_choice(*arguments)
+    choice = choices.attention_choice(*arguments)
     assert choice.kernel == kernel and reason in choice.reason
 
 
@@ -213,11 +208,28 @@ def test_detection_alone(gpu):
 
 
 def test_info_explains_each_kind_of_gpu(monkeypatch):
-    monkeypatch.setattr(ops, "HAS_KERNELS", True)
-    volta, modern = ({name: choice for name, choice, _ in ops.explain(kind)} for kind in (VOLTA, MODERN))
+    volta, modern = ({name: choice for name, choice, _ in choices.table(kind)} for kind in (VOLTA, MODERN))
     assert volta.keys() == modern.keys()
     assert {name for name in volta if volta[name] != modern[name]} == {"attention, padded", "attention, small batch"}
     assert volta["attention, padded"] == "PyTorch SDPA" and modern["attention, padded"] == "Triton"
     assert volta["panoptic merge"] == volta["group norm + ReLU + upsample + sum"] == "Triton"
-    monkeypatch.setattr(ops, "HAS_KERNELS", False)
-    assert ("all operations", "PyTorch", "Triton is not installed") in ops.explain(MODERN)
+    monkeypatch.setattr(choices, "HAS_TRITON", False)
+    assert ("all operations", "PyTorch", "Triton is not installed") in choices.table(MODERN)
+
+
+def test_a_gpu_in_nchw_computes_the_definition(model, gpu):
+    """Where the convolutions' layout is off, the kernels that need it are, too."""
+    samples = images(BATCHES["padded"])
+    with torch.no_grad():
+        with ops.plain("channels_last"):
+            fast = model(samples)
+        with ops.plain():
+            plain = model(samples)
+    exact = truth(model, samples)
+    for name in OUTPUTS:
+        assert_contract(fast[name], plain[name], exact[name])
+
+
+def test_another_target_is_refused():
+    with pytest.raises(ValueError, match="sm_70"), ops.pretend("sm_42"):
+        pass

@@ -25,7 +25,7 @@ from detr_fast.cli import main
 from detr_fast.config import PRESETS, DetrConfig
 from detr_fast.data import shapes
 from detr_fast.detr.backbone import thaw_batch_norm
-from detr_fast.detr.detector import build_detr
+from detr_fast.detr.segmentation import build_detr
 from detr_fast.training.loader import Order, Portions, batches
 from detr_fast.training.run import Run
 from detr_fast.training.train import (

@@ -1,6 +1,6 @@
-"""What a format of labels is.
+"""The interface of a label format.
 
-A format is one object: it says what is written of each image, at once, and what is written of all images, at the end.
+A format is one object: it writes a file for each image, at once, and files of all images, at the end, or one of both.
 No torch here: the processes that encode labels need none.
 """
 
@@ -49,7 +49,7 @@ class Writer:
 
 
 class Format:
-    """One format of labels; what it does not define it does not write.
+    """A label format. A subclass defines the parts that the format has.
 
     Attributes:
         name: in the option `formats`.
@@ -70,7 +70,7 @@ class Format:
         raise NotImplementedError
 
     def record(self, labels: ImageLabels) -> dict[str, Any]:
-        """What the manifest holds of an image for the end, as JSON; the keys are the format's own."""
+        """Fields of the image's line in the manifest, as JSON has them; no other format uses their names."""
         return {}
 
     def writer(self, out: Path) -> AbstractContextManager[Writer]:
@@ -79,7 +79,7 @@ class Format:
 
 
 class JsonList:
-    """Writes what `json.dumps` of a list gives, one value after the other."""
+    """Writes a list as `json.dumps` does, one value after the other."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
