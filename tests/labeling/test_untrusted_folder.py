@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from detr_fast.checkpoint import save_model
+from detr_fast.labeling.workers import trusted_path
 from tiny import tiny_detr
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +60,15 @@ def test_label_executes_nothing_from_the_folder(
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH for multiprocessing")
 def test_synth_executes_nothing_from_the_folder(untrusted: Path, tmp_path: Path) -> None:
     run("script", untrusted, "synth", tmp_path / "out", "--images", "2", "--size", "32", "32", "--workers", "2")
+
+
+def test_workers_are_not_given_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `python -c`, `python -m` and a prompt put it into sys.path; a folder that somebody chose stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), "elsewhere"])
+    assert trusted_path() == ["elsewhere"]
+    monkeypatch.setenv("PYTHONPATH", f"other{os.pathsep}{tmp_path}")
+    assert trusted_path() == [str(tmp_path), str(tmp_path), "elsewhere"]
 
 
 def run(way: str, folder: Path, *arguments: str | Path) -> None:
