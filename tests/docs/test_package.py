@@ -67,7 +67,7 @@ def test_wheel_holds_every_file(source: Path, installed: Path) -> None:
 
 def test_installed_wheel_imports_from_elsewhere(installed: Path, tmp_path: Path) -> None:
     program = (
-        "import detr_fast, detr_fast.kernels.probe as probe, detr_fast.compat, detr_fast.labeling.writers\n"
+        "import detr_fast, detr_fast.kernels.probe as probe, detr_fast.compat, detr_fast.labeling.formats\n"
         "from importlib.metadata import version\n"
         "from detr_fast.categories import COCO_PANOPTIC\n"
         "print(detr_fast.__file__, probe.__file__, probe.VALUE, len(COCO_PANOPTIC))\n"
