@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     from detr_fast.checkpoint import read_checkpoint
     from detr_fast.predictor import resolve_device
     from detr_fast.training import train as training
-    from detr_fast.training.run import Run
+    from detr_fast.training.run import RunFolder
 
     fields = {field.name for field in dataclasses.fields(training.TrainSettings)}
     settings = training.TrainSettings(**{name: value for name, value in vars(args).items() if name in fields})
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
         device = resolve_device(args.device)
     with training.world(device) as world:
         with argument("--out"):
-            run = Run(args.out, settings.to_dict() | {"processes": world.size}, args.resume)
+            run = RunFolder(args.out, settings.to_dict() | {"processes": world.size}, args.resume)
             saved = run.load()
         with argument("--from"):
             checkpoint = read_checkpoint(args.start) if args.start is not None else None

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import detr_fast
+from detr_fast import __version__
 from detr_fast.files import remove_temporary
 from detr_fast.labeling import report
 from detr_fast.labeling.formats import FOLDERS, FORMATS
@@ -257,7 +257,7 @@ def _settings(predictor: Predictor, writing: Writing, exif: bool) -> dict[str, A
     """Everything that decides the labels of an image, in types that JSON gives back."""
     names = {category["id"]: category["name"] for category in predictor.categories}
     return {
-        "detr_fast": detr_fast.__version__,
+        "detr_fast": __version__,
         "model": _fingerprint(predictor.model),
         "dtype": str(predictor.dtype).removeprefix("torch."),
         "mode": predictor.mode,

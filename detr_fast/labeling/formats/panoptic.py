@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import detr_fast
+from detr_fast import __version__
 from detr_fast.files import open_atomic
 from detr_fast.images import panoptic_png
 from detr_fast.labeling.formats.format import Format, ImageLabels, JsonList, Writer
@@ -42,7 +42,7 @@ class _PanopticJson(Writer):
 
     def __init__(self, file: IO[bytes], later: IO[bytes]) -> None:
         self._file, self._later = file, later
-        info = {"description": "panoptic labels", "version": detr_fast.__version__, "contributor": "detr_fast"}
+        info = {"description": "panoptic labels", "version": __version__, "contributor": "detr_fast"}
         file.write(b'{"info": ' + json.dumps(info).encode() + b', "images": ')
         self._images, self._annotations = JsonList(file), JsonList(later)
 
