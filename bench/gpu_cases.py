@@ -443,8 +443,6 @@ def mask_upsample(s: Scale) -> Iterator[Case]:
     yield mask_upsample_case(s, some, s.queries)
     yield mask_upsample_case(s, one, s.queries)
     yield mask_upsample_case(s, many, s.kept)
-    yield bilinear_resize_case(s, some)
-    yield bilinear_resize_case(s, one)
 
 
 def mask_upsample_case(s: Scale, batch: int, queries: int) -> Case:
@@ -480,22 +478,6 @@ def plain_mask_upsample(
         binary = (large.sigmoid() > threshold)[:, :, :height, :width]
         parts.append(F.interpolate(binary.float(), size=tuple(size), mode="nearest").byte().flatten())
     return torch.cat(parts)
-
-
-def bilinear_resize_case(s: Scale, batch: int) -> Case:
-    count, pixels = batch * s.kept, math.prod(s.image)
-    return Case(
-        op="mask_upsample",
-        name=f"bilinear, {s.kept} of {'x'.join(map(str, s.level(4)))} to {'x'.join(map(str, s.image))}, B {batch}",
-        batch=batch,
-        inputs=lambda draw: (draw.masks(count, s.level(4)), *s.image),
-        ours=kernel("bilinear_resize", "mask_upsample"),
-        plain=lambda masks, *size: F.interpolate(masks[:, None], size=size, mode="bilinear", align_corners=False)[:, 0],
-        bytes=4 * count * (math.prod(s.level(4)) + pixels),
-        flops=11 * count * pixels,
-        dtype=SINGLE,
-        graph=False,
-    )
 
 
 # ---- panoptic merges ----

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from detr_fast import reference
-from detr_fast.kernels.common import DTYPES, Build, Target, build, dtypes_on, operation
+from detr_fast.kernels.common import Build, Target, build, check_dtypes, dtypes_on, operation
 
 MAX_CHANNELS = 2048  # a row must fit the registers of a program
 
@@ -168,9 +168,7 @@ def _blocks(channels: int) -> dict[str, int]:
 
 
 def _check(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> None:
-    for name, tensor in (("x", x), ("update", update), ("weight", weight), ("bias", bias)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be of one of {list(DTYPES)}, got {tensor.dtype}")
+    check_dtypes(x=x, update=update, weight=weight, bias=bias)
     if update.shape != x.shape:
         raise ValueError(f"update must have the shape of x, {list(x.shape)}, got {list(update.shape)}")
     channels = x.shape[-1]

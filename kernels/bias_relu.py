@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from detr_fast import reference
-from detr_fast.kernels.common import DTYPES, Build, Target, build, dtypes_on, operation
+from detr_fast.kernels.common import Build, Target, build, check_dtypes, dtypes_on, operation
 
 LARGEST = tl.constexpr(reference.LARGEST_FLOAT16)
 
@@ -59,8 +59,7 @@ def bias_relu_kernel(
 
 def launch_bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """Runs the kernel. Arguments, outcome and errors as `bias_relu`'s."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be of one of {list(DTYPES)}, got {x.dtype}")
+    check_dtypes(x=x)
     _check(x, bias, residual)
     out = torch.empty_like(x)
     if out.numel() == 0:

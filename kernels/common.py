@@ -12,6 +12,7 @@ from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 from torch.library import CustomOpDef
 
 # The files with kernels. Importing one defines its operations in `torch.ops.detr_fast`.
@@ -117,6 +118,13 @@ def config_for(table: Mapping[Target, Row], target: Target) -> Row:
 
 
 # ---- operations ----
+
+
+def check_dtypes(**tensors: Tensor | None) -> None:
+    """Raises TypeError with the name of a tensor that is of none of `DTYPES`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be of one of {list(DTYPES)}, got {tensor.dtype}")
 
 
 def operation(name: str, launch: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from detr_fast import reference
-from detr_fast.kernels.common import DTYPES, Build, Target, build, dtypes_on, operation
+from detr_fast.kernels.common import Build, Target, build, check_dtypes, dtypes_on, operation
 
 
 @triton.jit
@@ -244,9 +244,7 @@ def launch_group_norm_relu_upsample(
     width: int,
 ) -> Tensor:
     """Runs the kernels. Arguments, outcome and errors as `group_norm_relu_upsample`'s."""
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("shared", shared)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be of one of {list(DTYPES)}, got {tensor.dtype}")
+    check_dtypes(x=x, weight=weight, bias=bias, shared=shared)
     up = _checked_factor(x, weight, bias, num_groups, shared, image, height, width)
     n, channels, *size = x.shape
     out = torch.empty((n, height, width, channels), dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
