@@ -26,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detr_fast.kernels.common import NAMES
+
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "bench" / "kernel_budget.json"
 
@@ -84,16 +86,9 @@ class Outcome(NamedTuple):
 # ---- one target, in a process of its own, as LLVM may abort ----
 
 
-def kernel_modules() -> list[Any]:
-    """The modules in kernels/ that have builds."""
-    names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
-    modules = [importlib.import_module(f"detr_fast.kernels.{name}") for name in names]
-    return [module for module in modules if hasattr(module, "builds")]
-
-
 def builds(target: int | str, pattern: str) -> dict[str, Any]:
     """The builds whose name, "module/build", matches `pattern`."""
-    modules = {module.__name__.rpartition(".")[2]: module for module in kernel_modules()}
+    modules = {name: importlib.import_module(f"detr_fast.kernels.{name}") for name in NAMES}
     named = {f"{name}/{build.name}": build for name, module in modules.items() for build in module.builds(target)}
     return {name: build for name, build in named.items() if re.search(pattern, name)}
 

@@ -13,19 +13,17 @@ Source: Carion et al. 2020, section A.3; facebookresearch/detr, models/transform
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from detr_fast.kernels.build import Build
+from detr_fast import reference
+from detr_fast.kernels.common import Build, Target, build, check_dtypes, dtypes_on, operation
 
 MAX_CHANNELS = 2048  # a row must fit the registers of a program
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @triton.jit
@@ -110,39 +108,13 @@ def backward_kernel(
     tl.store(sums_ptr + CHANNELS + c, tl.sum(dbias, 0), mask=c < CHANNELS)
 
 
-# ---- configurations ----
+# ---- configuration ----
 
-
-class Config(NamedTuple):
-    """How the kernels are launched."""
-
-    tile: int  # numbers in a program's registers: rows times channels, the latter rounded up to a power of 2
-    num_warps: int
-
-
-# Chosen from ahead-of-time builds, without a spill for any width up to MAX_CHANNELS; untimed until a GPU is at hand.
-# 8 numbers a thread: a 16-byte load of 16-bit ones, two of float32.
-_CONFIG = Config(1024, 4)
-CONFIGS: dict[int | str, Config] = dict.fromkeys((70, 75, 80, 86, 89, 90, 100), _CONFIG) | {"gfx942": Config(1024, 4)}
+# Chosen from ahead-of-time builds, without a spill for any width up to MAX_CHANNELS on any target; untimed until a GPU
+# is at hand. 8 numbers a thread: a 16-byte load of 16-bit ones, two of float32.
+TILE = 1024  # numbers in a program's registers: rows times channels, the latter rounded up to a power of 2
+NUM_WARPS = 4
 BACKWARD_BLOCKS = 8  # of rows that a program of the backward kernel works through
-
-
-def config_for(target: int | str) -> Config:
-    """The configuration on `target`, a capability such as 80 or an AMD architecture: the nearest lower capability's."""
-    if isinstance(target, str):
-        return CONFIGS["gfx942"]
-    return CONFIGS[max(capability for capability in CONFIGS if isinstance(capability, int) and capability <= target)]
-
-
-@cache
-def target_of(device: torch.device) -> int | str:
-    """The device's capability, 80 for sm_80, or its AMD architecture; 80 for the interpreter on a CPU."""
-    if device.type != "cuda":
-        return 80
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
 
 
 # ---- launchers ----
@@ -155,12 +127,13 @@ def launch_add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tenso
     if out.numel() == 0:
         return out
     x, update = _rows(x), _rows(update)
-    options = _options(x)
+    blocks = _blocks(x.shape[1])
     with torch.cuda.device_of(x):
-        forward_kernel[(triton.cdiv(x.shape[0], options["BLOCK_M"]),)](
+        forward_kernel[(triton.cdiv(x.shape[0], blocks["BLOCK_M"]),)](
             *(x, update, weight.contiguous(), bias.contiguous(), out),
             *(x.stride(0), update.stride(0), x.shape[0], eps),
-            **options,
+            **blocks,
+            num_warps=NUM_WARPS,
         )
     return out
 
@@ -175,33 +148,27 @@ def launch_add_layer_norm_backward(
     if dx.numel() == 0:
         return dx, dupdate, torch.zeros_like(weight), torch.zeros_like(bias)
     grad, x, update = _rows(grad), _rows(x), _rows(update)
-    options = _options(x)
-    programs = triton.cdiv(x.shape[0], options["BLOCK_M"] * BACKWARD_BLOCKS)
+    blocks = _blocks(x.shape[1])
+    programs = triton.cdiv(x.shape[0], blocks["BLOCK_M"] * BACKWARD_BLOCKS)
     sums = torch.empty((programs, 2, x.shape[1]), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         backward_kernel[(programs,)](
             *(grad, x, update, weight.contiguous(), dx, dupdate, sums),
             *(grad.stride(0), x.stride(0), update.stride(0), x.shape[0], BACKWARD_BLOCKS, eps),
-            **options,
+            **blocks,
+            num_warps=NUM_WARPS,
         )
-    dweight, dbias = sums.sum(0)
+    dweight, dbias = sums[:, 0].sum(0), sums[:, 1].sum(0)  # apart: outputs of an operation share no storage
     return dx, dupdate, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
-def _options(x: Tensor) -> dict[str, int]:
-    config = config_for(target_of(x.device))
-    return _blocks(x.shape[1], config) | {"num_warps": config.num_warps}
-
-
-def _blocks(channels: int, config: Config) -> dict[str, int]:
+def _blocks(channels: int) -> dict[str, int]:
     block_c = triton.next_power_of_2(channels)
-    return {"CHANNELS": channels, "BLOCK_M": max(1, config.tile // block_c), "BLOCK_C": block_c}
+    return {"CHANNELS": channels, "BLOCK_M": max(1, TILE // block_c), "BLOCK_C": block_c}
 
 
 def _check(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> None:
-    for name, tensor in (("x", x), ("update", update), ("weight", weight), ("bias", bias)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be of one of {list(DTYPES)}, got {tensor.dtype}")
+    check_dtypes(x=x, update=update, weight=weight, bias=bias)
     if update.shape != x.shape:
         raise ValueError(f"update must have the shape of x, {list(x.shape)}, got {list(update.shape)}")
     channels = x.shape[-1]
@@ -217,10 +184,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-# ---- registration ----
+# ---- operations ----
 
 
-@torch.library.custom_op("detr_fast::add_layer_norm", mutates_args=())
+@operation("add_layer_norm", launch_add_layer_norm)
 def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm(x + update) over the last dimension, in float32 at least, differentiable once.
 
@@ -234,9 +201,7 @@ def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps:
     Raises:
         TypeError, ValueError: on CUDA, a dtype, a shape or a width that the kernel does not take.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    z = x.to(dtype) + update
-    return F.layer_norm(z, weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype).contiguous()
+    return reference.add_layer_norm(x, update, weight, bias, eps).contiguous()
 
 
 @add_layer_norm.register_fake
@@ -244,17 +209,12 @@ def _(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
     return x.new_empty(x.shape)
 
 
-@add_layer_norm.register_kernel("cuda")
-def _(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return launch_add_layer_norm(x, update, weight, bias, eps)
-
-
-@torch.library.custom_op("detr_fast::add_layer_norm_backward", mutates_args=())
+@operation("add_layer_norm_backward", launch_add_layer_norm_backward)
 def add_layer_norm_backward(
     grad: Tensor, x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, update, weight and bias from that of `add_layer_norm`'s outcome [...,C]."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = reference.at_least_float32(x.dtype)
     z = x.to(dtype) + update
     z = z - z.mean(-1, keepdim=True)
     rstd = (z.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -276,13 +236,6 @@ def _(
     return dx, dupdate, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-@add_layer_norm_backward.register_kernel("cuda")
-def _(
-    grad: Tensor, x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_add_layer_norm_backward(grad, x, update, weight, bias, eps)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
@@ -300,26 +253,15 @@ add_layer_norm.register_autograd(_backward, setup_context=_setup_context)
 WIDTHS = (256, 264, MAX_CHANNELS)  # DETR's hidden_dim, one that is no power of 2, the widest
 
 
-def builds(target: int | str) -> list[Build]:
+def builds(target: Target) -> list[Build]:
     """Both kernels for `WIDTHS`, a float32 residual and updates of all dtypes, and for a residual of 16 bits."""
-    config = config_for(target)
-    dtypes = [name for name in DTYPES.values() if name != "bf16" or isinstance(target, str) or target >= 80]
-    cases = [("fp32", dtype, width) for dtype in dtypes for width in WIDTHS] + [("fp16", "fp16", WIDTHS[0])]
+    cases = [("fp32", dtype, width) for dtype in dtypes_on(target).values() for width in WIDTHS]
     found = []
     for kernel, label in ((forward_kernel, "forward"), (backward_kernel, "backward")):
-        for residual, update, width in cases:
-            types = {"x_ptr": residual, "out_ptr": residual, "grad_ptr": residual, "dx_ptr": residual}
-            types |= {"update_ptr": update, "dupdate_ptr": update}
-            constexprs = _blocks(width, config)
-            signature = {}
-            for argument in kernel.arg_names:
-                if argument.endswith("_ptr"):
-                    signature[argument] = f"*{types.get(argument, 'fp32')}"
-                else:
-                    signature[argument] = "constexpr" if argument in constexprs else "i32"
-            signature["eps"] = "fp32"
-            aligned = [name for name in signature if name.endswith("_ptr")]
-            aligned += [name for name in signature if name.startswith("stride_") and width % 16 == 0]
+        for residual, update, width in [*cases, ("fp16", "fp16", WIDTHS[0])]:
+            types = dict.fromkeys(("x_ptr", "out_ptr", "grad_ptr", "dx_ptr"), f"*{residual}")
+            types |= {"update_ptr": f"*{update}", "dupdate_ptr": f"*{update}", "eps": "fp32"}
+            aligned = [name for name in kernel.arg_names if name.startswith("stride_") and width % 16 == 0]
             name = f"{label}-{residual}-{update}-{width}"
-            found.append(Build(name, kernel, signature, constexprs, config.num_warps, 3, tuple(aligned), False))
+            found.append(build(name, kernel, types, _blocks(width), num_warps=NUM_WARPS, aligned=aligned))
     return found

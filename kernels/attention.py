@@ -18,7 +18,6 @@ Source: Carion et al. 2020, appendix A.1; facebookresearch/detr, models/transfor
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from detr_fast import reference
-from detr_fast.kernels.build import Build
+from detr_fast.kernels.common import DTYPES, Build, Target, build, config_for, device_of, dtypes_on, operation
 
 HEAD_DIMS = (16, 32, 64)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = tl.constexpr(1.4426950408889634)  # weights are powers of 2, which is what the hardware has
 
 
@@ -367,29 +365,19 @@ _SINGLE = Configs(Config(32, 16, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 
 _MFMA_HALF = Configs(Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(32, 32, 4, 1))
 _MFMA_SINGLE = Configs(*[Config(32, 32, 4, 1)] * 3)
 
-# capability (or AMD architecture) -> bits of the operands -> tiles
-CONFIGS: dict[int | str, dict[int, Configs]] = {
-    70: {16: _SCALAR, 32: _SCALAR},
-    75: {16: _SCALAR, 32: _SCALAR},
-    80: {16: _AMPERE, 32: _SINGLE},
-    86: {16: _ADA, 32: _SINGLE},
-    89: {16: _ADA, 32: _SINGLE},
-    90: {16: _AMPERE, 32: _SINGLE},
-    100: {16: _BLACKWELL, 32: _SINGLE},
-    "gfx942": {16: _MFMA_HALF, 32: _MFMA_SINGLE},
+# bits of the operands -> target -> tiles
+CONFIGS: dict[int, dict[Target, Configs]] = {
+    16: {70: _SCALAR, 80: _AMPERE, 86: _ADA, 90: _AMPERE, 100: _BLACKWELL, "gfx942": _MFMA_HALF},
+    32: {70: _SCALAR, 80: _SINGLE, "gfx942": _MFMA_SINGLE},
 }
 COMBINE = Config(16, 1, 2, 1)
 
 
-def config_for(target: int | str, dtype: torch.dtype) -> Configs:
-    """The tiles on `target`, a capability such as 80 or an AMD architecture: the nearest lower capability's."""
-    if isinstance(target, str):
-        return CONFIGS["gfx942"][dtype.itemsize * 8]
-    nearest = max(capability for capability in CONFIGS if isinstance(capability, int) and capability <= target)
-    return CONFIGS[nearest][dtype.itemsize * 8]
+def configs_for(target: Target, dtype: torch.dtype) -> Configs:
+    return config_for(CONFIGS[dtype.itemsize * 8], target)
 
 
-def upcasts(target: int | str) -> bool:
+def upcasts(target: Target) -> bool:
     """Whether operands are widened to float32 first: below sm_80 Triton has no tensor cores."""
     return isinstance(target, int) and target < 80
 
@@ -402,25 +390,8 @@ def splits_for(programs: int, keys: int, block_n: int, multiprocessors: int) -> 
 # ---- launchers ----
 
 
-@cache
-def target_of(device: torch.device) -> int | str:
-    """The device's capability, 80 for sm_80, or its AMD architecture; 80 for the interpreter on a CPU."""
-    if device.type != "cuda":
-        return 80
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
-
-
-@cache
-def multiprocessors_of(device: torch.device) -> int:
-    """How many programs the device runs side by side at least; 1 for the interpreter on a CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def launch_attention(
-    q: Tensor, k: Tensor, v: Tensor, nheads: int, padding: Tensor | None, splits: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, nheads: int, padding: Tensor | None = None, splits: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Runs the forward kernels, with the keys split in `splits` parts (`splits_for`'s choice when None).
 
@@ -432,10 +403,10 @@ def launch_attention(
     batch, queries, dim = q.shape
     keys = k.shape[1]
     head_dim = _checked_head_dim(q, k, v, nheads, padding)
-    target = target_of(q.device)
-    config = config_for(target, q.dtype).forward
+    device = device_of(q.device)
+    config = configs_for(device.target, q.dtype).forward
     programs = batch * nheads * triton.cdiv(queries, config.block_m)
-    splits = splits or splits_for(programs, keys, config.block_n, multiprocessors_of(q.device))
+    splits = splits or splits_for(programs, keys, config.block_n, device.multiprocessors)
 
     out = torch.empty((batch, queries, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, nheads, queries), dtype=torch.float32, device=q.device)
@@ -453,7 +424,7 @@ def launch_attention(
             *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *padding_strides),
             *(*parts.stride()[:3], parts_lse.stride(0)),
             *(nheads, queries, keys, splits, head_dim**-0.5),
-            **_options(config, head_dim, target),
+            **_options(config, head_dim, device.target),
         )
         if splits > 1:
             combine_kernel[(batch * nheads * triton.cdiv(queries, COMBINE.block_m),)](
@@ -469,7 +440,7 @@ def launch_attention(
 
 
 def launch_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, nheads: int, padding: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, nheads: int, padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the backward kernels on the gradient [B,Q,d] of `out` and what `launch_attention` returned.
 
@@ -481,8 +452,8 @@ def launch_attention_backward(
     batch, queries, dim = q.shape
     keys = k.shape[1]
     head_dim = _checked_head_dim(q, k, v, nheads, padding)
-    target = target_of(q.device)
-    configs = config_for(target, q.dtype)
+    target = device_of(q.device).target
+    configs = configs_for(target, q.dtype)
 
     dq = torch.empty((batch, queries, dim), dtype=q.dtype, device=q.device)
     dk = torch.empty((batch, keys, dim), dtype=k.dtype, device=k.device)
@@ -512,7 +483,7 @@ def launch_attention_backward(
     return dq, dk, dv
 
 
-def _options(config: Config, head_dim: int, target: int | str) -> dict[str, Any]:
+def _options(config: Config, head_dim: int, target: Target) -> dict[str, Any]:
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_M": config.block_m,
@@ -525,7 +496,7 @@ def _options(config: Config, head_dim: int, target: int | str) -> dict[str, Any]
 
 def _checked_head_dim(q: Tensor, k: Tensor, v: Tensor, nheads: int, padding: Tensor | None) -> int:
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must all be of one of {DTYPES}, got {q.dtype}, {k.dtype} and {v.dtype}")
+        raise TypeError(f"q, k and v must all be of one of {list(DTYPES)}, got {q.dtype}, {k.dtype} and {v.dtype}")
     (batch, _, dim), keys = q.shape, k.shape[1]
     if not k.shape == v.shape == (batch, keys, dim) or (padding is not None and padding.shape != (batch, keys)):
         given = [list(x.shape) for x in (q, k, v, padding) if x is not None]
@@ -548,45 +519,40 @@ def as_bytes(padding: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
     return padding.view(torch.uint8), (padding.stride(0), padding.stride(1))
 
 
-# ---- registration ----
+# ---- operations ----
 
 
-@torch.library.custom_op("detr_fast::attention", mutates_args=())
+@operation("attention", launch_attention)
 def attention_and_lse(
     q: Tensor, k: Tensor, v: Tensor, nheads: int, padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention`, and the log-sum-exp [B,heads,Q] of its scores in base 2, -inf where all is padding."""
     dtype = q.dtype
-    q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))  # float16's scores can overflow
+    q, k, v = (x.to(reference.at_least_float32(dtype)) for x in (q, k, v))  # float16's scores can overflow
     out = reference.attention(q, k, v, nheads, padding).to(dtype).contiguous()
-    scores = _scores(q, k, nheads, padding)
+    scores = _heads(q * (q.shape[-1] // nheads) ** -0.5, nheads) @ _heads(k, nheads).mT  # [B,heads,Q,L]
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, None, :], float("-inf"))
     return out, scores.logsumexp(-1) * LOG2_E.value
 
 
 @attention_and_lse.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, nheads: int, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty((q.shape[0], nheads, q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty((q.shape[0], nheads, q.shape[1]), dtype=reference.at_least_float32(q.dtype))
     return q.new_empty(q.shape), lse
 
 
-@attention_and_lse.register_kernel("cuda")
-def _(q: Tensor, k: Tensor, v: Tensor, nheads: int, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return launch_attention(q, k, v, nheads, padding)
-
-
-@torch.library.custom_op("detr_fast::attention_backward", mutates_args=())
+@operation("attention_backward", launch_attention_backward)
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, nheads: int, padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv from the gradient [B,Q,d] of `out`."""
-    scale = (q.shape[-1] // nheads) ** -0.5
-    weights = (_scores(q, k, nheads, padding) - lse[..., None] / LOG2_E.value).exp().to(q.dtype)
-    if padding is not None:
-        weights = weights.masked_fill(padding[:, None, None, :], 0)
-    grad, q, k, v, out = (_heads(x, nheads) for x in (grad, q, k, v, out))
+    dtype, scale = q.dtype, (q.shape[-1] // nheads) ** -0.5
+    weights = reference.attention_weights(q, k, nheads, padding)  # [B,heads,Q,L]
+    grad, q, k, v, out = (_heads(x.to(weights.dtype), nheads) for x in (grad, q, k, v, out))
     dscores = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
     heads = (dscores @ k * scale, dscores.mT @ q * scale, weights.mT @ grad)
-    dq, dk, dv = (x.transpose(1, 2).flatten(-2).contiguous() for x in heads)
+    dq, dk, dv = (x.transpose(1, 2).flatten(-2).to(dtype).contiguous() for x in heads)
     return dq, dk, dv
 
 
@@ -597,23 +563,9 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@attention_backward.register_kernel("cuda")
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, nheads: int, padding: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_attention_backward(grad, q, k, v, out, lse, nheads, padding)
-
-
 def _heads(x: Tensor, nheads: int) -> Tensor:
     """[B,L,d] to [B,heads,L,head_dim]."""
     return x.unflatten(-1, (nheads, -1)).transpose(1, 2)
-
-
-def _scores(q: Tensor, k: Tensor, nheads: int, padding: Tensor | None) -> Tensor:
-    """[B,heads,Q,L], -inf on padding."""
-    q, k = _heads(q, nheads), _heads(k, nheads)
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    return scores if padding is None else scores.masked_fill(padding[:, None, None, :], float("-inf"))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -649,64 +601,58 @@ def attention(q: Tensor, k: Tensor, v: Tensor, nheads: int, padding: Tensor | No
 
 # ---- builds ----
 
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _FLOAT32 = ("lse_ptr", "delta_ptr", "parts_ptr", "parts_lse_ptr")
 _UNALIGNED = ("stride_pb", "stride_ls")
 
 
-def builds(target: int | str) -> list[Build]:
-    """Every kernel that the launchers can choose on `target`, a capability such as 80 or an AMD architecture.
+def builds(target: Target) -> list[Build]:
+    """Every kernel that the launchers can choose on `target`.
 
     Without padding, and writing float32 parts, for DETR's head_dim of 32 alone: one load less, another store.
     """
     found = []
-    for dtype in [torch.float16, torch.float32] if upcasts(target) else list(_TYPES):
-        configs = config_for(target, dtype)
+    for dtype in dtypes_on(target):
+        configs = configs_for(target, dtype)
         for head_dim in HEAD_DIMS:
-            found.append(_build("forward", forward_kernel, target, dtype, head_dim, configs.forward))
-            found.append(
-                _build("backward_queries", backward_queries_kernel, target, dtype, head_dim, configs.backward_queries)
-            )
-            found.append(_build("backward_keys", backward_keys_kernel, target, dtype, head_dim, configs.backward_keys))
-            found.append(_build("combine", combine_kernel, target, dtype, head_dim, COMBINE))
-        unpadded = {"padding_ptr": None}
-        found.append(
-            _build("forward_unpadded", forward_kernel, target, dtype, 32, configs.forward, constexprs=unpadded)
-        )
-        found.append(
-            _build("forward_parts", forward_kernel, target, dtype, 32, configs.forward, types={"out_ptr": "*fp32"})
-        )
+            for kernel, config in (
+                (forward_kernel, configs.forward),
+                (backward_queries_kernel, configs.backward_queries),
+                (backward_keys_kernel, configs.backward_keys),
+                (combine_kernel, COMBINE),
+            ):
+                found.append(_build(kernel.__name__.removesuffix("_kernel"), kernel, target, dtype, head_dim, config))
+        forward = (forward_kernel, target, dtype, 32, configs.forward)
+        found.append(_build("forward_unpadded", *forward, padded=False))
+        found.append(_build("forward_parts", *forward, parts=True))
     return found
 
 
 def _build(
     name: str,
     kernel: Any,
-    target: int | str,
+    target: Target,
     dtype: torch.dtype,
     head_dim: int,
     config: Config,
-    constexprs: dict[str, Any] | None = None,
-    types: dict[str, str] | None = None,
+    *,
+    padded: bool = True,
+    parts: bool = False,
 ) -> Build:
+    kind = DTYPES[dtype]
+    types = {pointer: f"*{kind}" for pointer in kernel.arg_names if pointer.endswith("_ptr")}
+    types |= dict.fromkeys(_FLOAT32, "*fp32") | {"padding_ptr": "*u8", "scale": "fp32"}
+    types |= {"out_ptr": "*fp32"} if parts else {}
+    absent = {} if padded else {"padding_ptr": None}
     options = _options(config, head_dim, target)
-    warps, stages = options.pop("num_warps"), options.pop("num_stages")
-    values = {"stride_pn": 1, **options, **(constexprs or {})}
-    values = {argument: value for argument, value in values.items() if argument in kernel.arg_names}
-    tensor_cores = kernel is not combine_kernel and not upcasts(target) and (dtype.itemsize == 2 or target == "gfx942")
-
-    def type_of(argument: str) -> str:
-        if argument in values:
-            return "constexpr"
-        if argument.endswith("_ptr"):
-            return "*u8" if argument == "padding_ptr" else "*fp32" if argument in _FLOAT32 else f"*{_TYPES[dtype]}"
-        return "fp32" if argument == "scale" else "i32"
-
-    signature = {argument: type_of(argument) for argument in kernel.arg_names} | (types or {})
-    aligned = [
-        argument
-        for argument, kind in signature.items()
-        if kind.startswith("*") or (argument.startswith("stride_") and kind == "i32" and argument not in _UNALIGNED)
-    ]
-    label = f"{name}-{_TYPES[dtype]}-{head_dim}"
-    return Build(label, kernel, signature, values, warps, stages, tuple(aligned), tensor_cores)
+    launch = {option: options.pop(option) for option in ("num_warps", "num_stages")}
+    aligned = [name for name in kernel.arg_names if name.startswith("stride_") and name not in _UNALIGNED]
+    tensor_cores = not upcasts(target) and (dtype.itemsize == 2 or target == "gfx942")
+    return build(
+        f"{name}-{kind}-{head_dim}",
+        kernel,
+        types,
+        {"stride_pn": 1, **options, **absent},
+        **launch,
+        aligned=aligned,
+        tensor_cores=tensor_cores and kernel is not combine_kernel,
+    )

@@ -16,17 +16,16 @@ Source: Carion et al. 2020, section 4.4; facebookresearch/detr, models/segmentat
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from detr_fast.kernels.attention import as_bytes, multiprocessors_of, target_of
-from detr_fast.kernels.build import Build
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from detr_fast import reference
+from detr_fast.kernels.attention import LOG2_E, as_bytes
+from detr_fast.kernels.common import Build, Target, build, device_of, dtypes_on, operation
 
 
 @triton.jit
@@ -179,26 +178,12 @@ def map_kernel(
         tl.store(out_ptrs, tl.exp2(scores - shift) * scale, mask=out_mask)
 
 
-# ---- configurations ----
+# ---- configuration ----
 
-
-class Config(NamedTuple):
-    """How the kernels are tiled and launched."""
-
-    block_l: int  # keys of a program, in 16 bits; half of them in 32
-    group: int  # queries that a program walks over at most
-
-
-# Chosen from ahead-of-time builds, without a spill at d = 128 to 512; untimed until a GPU is at hand.
-CONFIGS: dict[int | str, Config] = dict.fromkeys((70, 75, 80, 86, 89, 90, 100, "gfx942"), Config(32, 8))
+# Chosen from ahead-of-time builds, without a spill at d = 128 to 512 on any target; untimed until a GPU is at hand.
+BLOCK_L = 32  # keys of a program, in 16 bits; half of them in 32
+GROUP = 8  # queries that a program walks over at most
 PARTS = 64
-
-
-def config_for(target: int | str) -> Config:
-    """The configuration on `target`, a capability such as 80 or an AMD architecture: the nearest lower capability's."""
-    if isinstance(target, str):
-        return CONFIGS["gfx942"]
-    return CONFIGS[max(capability for capability in CONFIGS if isinstance(capability, int) and capability <= target)]
 
 
 def group_for(queries: int, blocks: int, multiprocessors: int, most: int) -> int:
@@ -209,7 +194,7 @@ def group_for(queries: int, blocks: int, multiprocessors: int, most: int) -> int
 # ---- launcher ----
 
 
-def launch_attention_map(q: Tensor, k: Tensor, image: Tensor, nheads: int, padding: Tensor | None) -> Tensor:
+def launch_attention_map(q: Tensor, k: Tensor, image: Tensor, nheads: int, padding: Tensor | None = None) -> Tensor:
     """Runs the kernels: float32 [N,L,heads], as `attention_map` returns.
 
     Raises:
@@ -220,11 +205,10 @@ def launch_attention_map(q: Tensor, k: Tensor, image: Tensor, nheads: int, paddi
     out = torch.empty((queries, keys, nheads), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
-    target = target_of(q.device)
-    config = config_for(target)
-    sizes, warps = _sizes(target, k.dtype, dim, nheads)
+    device = device_of(q.device)
+    sizes, warps = _sizes(device.target, k.dtype, dim, nheads)
     blocks = triton.cdiv(keys, sizes["BLOCK_L"])
-    group = group_for(queries, blocks, multiprocessors_of(q.device), config.group)
+    group = group_for(queries, blocks, device.multiprocessors, GROUP)
     grid = (triton.cdiv(queries, group) * blocks,)
     maximum = torch.empty((queries, blocks), dtype=torch.float32, device=q.device)
     total = torch.empty((queries, blocks), dtype=torch.float32, device=q.device)
@@ -255,7 +239,7 @@ def _check(q: Tensor, k: Tensor, image: Tensor, nheads: int, padding: Tensor | N
         raise ValueError(f"d must be a multiple of nheads, got d={dim} and nheads={nheads}")
 
 
-def _sizes(target: int | str, dtype: torch.dtype, dim: int, nheads: int) -> tuple[dict[str, int], int]:
+def _sizes(target: Target, dtype: torch.dtype, dim: int, nheads: int) -> tuple[dict[str, int], int]:
     """Of heads and keys, and of the tiles that hold them, powers of two; and the warps.
 
     Two threads for each number of a query: with fewer Triton distributes the query over them as it likes, and brings
@@ -263,16 +247,16 @@ def _sizes(target: int | str, dtype: torch.dtype, dim: int, nheads: int) -> tupl
     """
     head_dim = dim // nheads
     block_h, block_c = triton.next_power_of_2(nheads), triton.next_power_of_2(head_dim)
-    block_l = config_for(target).block_l * 2 // dtype.itemsize
+    block_l = BLOCK_L * 2 // dtype.itemsize
     sizes = {"HEADS": nheads, "HEAD_DIM": head_dim, "BLOCK_H": block_h, "BLOCK_C": block_c, "BLOCK_L": block_l}
     threads = min(max(2 * block_h * block_c, 128), 1024)
     return sizes, threads // (64 if isinstance(target, str) else 32)
 
 
-# ---- registration ----
+# ---- operation ----
 
 
-@torch.library.custom_op("detr_fast::attention_map", mutates_args=())
+@operation("attention_map", launch_attention_map)
 def attention_map(q: Tensor, k: Tensor, image: Tensor, nheads: int, padding: Tensor | None = None) -> Tensor:
     """One softmax over heads and positions for each query: kernels on CUDA, plain PyTorch elsewhere.
 
@@ -287,23 +271,12 @@ def attention_map(q: Tensor, k: Tensor, image: Tensor, nheads: int, padding: Ten
     Raises:
         ValueError: on CUDA, d is no multiple of nheads, image holds no integers, or shapes do not fit.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    heads = q.to(dtype).unflatten(-1, (nheads, -1))
-    scores = torch.einsum("nhc,nlhc->nlh", heads, k.to(dtype)[image].unflatten(-1, (nheads, -1)))
-    if padding is not None:
-        scores = scores.masked_fill(padding[image][:, :, None], float("-inf"))
-    weights = scores.flatten(1).softmax(-1).view_as(scores)
-    return weights if padding is None else weights.masked_fill(padding.all(1)[image][:, None, None], 0)
+    return reference.attention_map(q, k, image, nheads, padding)
 
 
 @attention_map.register_fake
 def _(q: Tensor, k: Tensor, image: Tensor, nheads: int, padding: Tensor | None = None) -> Tensor:
-    return q.new_empty((q.shape[0], k.shape[1], nheads), dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@attention_map.register_kernel("cuda")
-def _(q: Tensor, k: Tensor, image: Tensor, nheads: int, padding: Tensor | None = None) -> Tensor:
-    return launch_attention_map(q, k, image, nheads, padding)
+    return q.new_empty((q.shape[0], k.shape[1], nheads), dtype=reference.at_least_float32(q.dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -328,31 +301,17 @@ attention_map.register_autograd(_backward, setup_context=_setup_context)
 
 # ---- builds ----
 
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
-
-def builds(target: int | str) -> list[Build]:
-    """The kernels at head_dim 16, 32 and 64 of 8 heads, on `target`, a capability such as 80 or an AMD architecture."""
+def builds(target: Target) -> list[Build]:
+    """The kernels at head_dim 16, 32 and 64 of 8 heads."""
     found = []
-    for dtype, kind in _TYPES.items():
-        if kind == "bf16" and isinstance(target, int) and target < 80:
-            continue
+    for dtype, kind in dtypes_on(target).items():
+        types = {"q_ptr": f"*{kind}", "k_ptr": f"*{kind}", "image_ptr": "*i64", "padding_ptr": "*u8"}
+        aligned = ("stride_qn", "stride_kb", "stride_kl")
         for head_dim in (16, 32, 64):
             sizes, warps = _sizes(target, dtype, 8 * head_dim, 8)
+            launch = {"num_warps": warps, "num_stages": 1}
             for name, kernel in (("statistics", statistics_kernel), ("map", map_kernel)):
-                found.append(_build(f"{name}-{kind}-{head_dim}", kernel, f"*{kind}", {"stride_pl": 1, **sizes}, warps))
-    return [*found, _build("combine", combine_kernel, "*fp32", {"PARTS": PARTS}, 1)]
-
-
-def _build(name: str, kernel: Any, kind: str, constexprs: dict[str, int], warps: int) -> Build:
-    types = {"q_ptr": kind, "k_ptr": kind, "image_ptr": "*i64", "padding_ptr": "*u8"}
-    types |= dict.fromkeys(constexprs, "constexpr")
-    signature = {
-        argument: types.get(argument, "*fp32" if argument.endswith("_ptr") else "i32") for argument in kernel.arg_names
-    }
-    aligned = [
-        argument
-        for argument in signature
-        if argument.endswith("_ptr") or argument in ("stride_qn", "stride_kb", "stride_kl")
-    ]
-    return Build(name, kernel, signature, constexprs, warps, 1, tuple(aligned), False)
+                name = f"{name}-{kind}-{head_dim}"
+                found.append(build(name, kernel, types, {"stride_pl": 1, **sizes}, **launch, aligned=aligned))
+    return [*found, build("combine", combine_kernel, {}, {"PARTS": PARTS}, num_warps=1, num_stages=1)]

@@ -11,17 +11,15 @@ Source: He et al. 2016, figure 5, with the normalisation folded into the convolu
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from detr_fast.kernels.build import Build
+from detr_fast import reference
+from detr_fast.kernels.common import Build, Target, build, check_dtypes, dtypes_on, operation
 
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-LARGEST = tl.constexpr(65504.0)  # of float16
+LARGEST = tl.constexpr(reference.LARGEST_FLOAT16)
 
 # Numbers a program, and its warps: 16 a thread are two 16-byte loads in flight in 16 bits. Untimed until a GPU is at
 # hand, and the same for all targets, as nothing but the transfers matters.
@@ -61,8 +59,7 @@ def bias_relu_kernel(
 
 def launch_bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """Runs the kernel. Arguments, outcome and errors as `bias_relu`'s."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be of one of {list(DTYPES)}, got {x.dtype}")
+    check_dtypes(x=x)
     _check(x, bias, residual)
     out = torch.empty_like(x)
     if out.numel() == 0:
@@ -93,7 +90,10 @@ def _check(x: Tensor, bias: Tensor, residual: Tensor | None) -> None:
         )
 
 
-@torch.library.custom_op("detr_fast::bias_relu", mutates_args=())
+# ---- operation ----
+
+
+@operation("bias_relu", launch_bias_relu)
 def bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """x + bias + residual, then its ReLU where `relu`, in float32 at least; float16 stays within its range.
 
@@ -110,23 +110,12 @@ def bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> T
         TypeError, ValueError: a dtype, a shape or a layout other than these.
     """
     _check(x, bias, residual)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(dtype) + bias.to(dtype)[:, None, None]
-    if residual is not None:
-        y = y + residual
-    if relu:
-        y = y.relu()
-    if x.dtype == torch.float16:
-        y = y.clamp(-LARGEST.value, LARGEST.value)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return reference.bias_relu(x, bias, residual, relu).contiguous(memory_format=torch.channels_last)
 
 
 @bias_relu.register_fake
 def _(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     return torch.empty_like(x)
-
-
-bias_relu.register_kernel("cuda")(launch_bias_relu)
 
 
 # ---- builds ----
@@ -135,28 +124,17 @@ bias_relu.register_kernel("cuda")(launch_bias_relu)
 LAYERS = ((64, False, True), (256, True, True), (2048, False, False))
 
 
-def builds(target: int | str) -> list[Build]:
+def builds(target: Target) -> list[Build]:
     """Every kind of layer of a ResNet-50."""
     found = []
-    for dtype, kind in DTYPES.items():
-        if kind == "bf16" and isinstance(target, int) and target < 80:
-            continue
+    for dtype, kind in dtypes_on(target).items():
         for channels, residual, relu in LAYERS:
-            constexprs: dict[str, Any] = {
-                "CHANNELS": channels,
-                "RELU": relu,
-                "LIMIT": dtype == torch.float16,
-                "BLOCK": BLOCK,
-            }
-            if not residual:
-                constexprs["residual_ptr"] = None
-            pointers = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "out_ptr"), f"*{kind}")
-            signature = {
-                name: "constexpr" if name in constexprs else pointers.get(name, "i32")
-                for name in bias_relu_kernel.arg_names
-            }
-            # channels of ResNets are multiples of 16, and so is the number of numbers
-            aligned = (*(name for name, type_ in signature.items() if type_.startswith("*")), "numel")
+            options = {"CHANNELS": channels, "RELU": relu, "LIMIT": dtype == torch.float16, "BLOCK": BLOCK}
+            absent = {} if residual else {"residual_ptr": None}
+            types = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "out_ptr"), f"*{kind}")
             name = f"{kind}-{channels}{'-residual' if residual else ''}"
-            found.append(Build(name, bias_relu_kernel, signature, constexprs, NUM_WARPS, 3, aligned, False))
+            # channels of ResNets are multiples of 16, and so is the number of numbers
+            aligned = ("numel",)
+            constexprs = {**options, **absent}
+            found.append(build(name, bias_relu_kernel, types, constexprs, num_warps=NUM_WARPS, aligned=aligned))
     return found

@@ -17,18 +17,15 @@ Source: Carion et al. 2020, figure 8; facebookresearch/detr, models/segmentation
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from detr_fast.kernels.build import Build
-
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+from detr_fast import reference
+from detr_fast.kernels.common import Build, Target, build, check_dtypes, dtypes_on, operation
 
 
 @triton.jit
@@ -195,43 +192,15 @@ def apply_kernel(
         tl.store(out_ptr + tile, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-# ---- configurations ----
+# ---- configuration ----
 
-
-class Config(NamedTuple):
-    """How the kernels are tiled and launched."""
-
-    tile: int  # numbers in a program's registers: pixels times channels
-    max_channels: int  # of them at once; 64 are 128 bytes in 16 bits
-    steps: int  # tiles in a strip of the statistics
-    num_warps: int
-
-
-# Chosen from ahead-of-time builds, without a spill; untimed until a GPU is at hand. 16 numbers a thread are two 16-byte
-# loads in flight in 16 bits, four in float32.
-_CONFIG = Config(2048, 64, 8, 4)
-CONFIGS: dict[int | str, Config] = dict.fromkeys((70, 75, 80, 86, 89, 90, 100), _CONFIG) | {
-    "gfx942": Config(2048, 64, 8, 4)
-}
+# Chosen from ahead-of-time builds, without a spill on any target; untimed until a GPU is at hand. 16 numbers a thread
+# are two 16-byte loads in flight in 16 bits, four in float32.
+TILE = 2048  # numbers in a program's registers: pixels times channels
+MAX_CHANNELS = 64  # of them at once: 128 bytes in 16 bits
+STEPS = 8  # tiles in a strip of the statistics
 COMBINE_TILE = 512  # strips times channels of a group
-
-
-def config_for(target: int | str) -> Config:
-    """The configuration on `target`, a capability such as 80 or an AMD architecture: the nearest lower capability's."""
-    if isinstance(target, str):
-        return CONFIGS["gfx942"]
-    return CONFIGS[max(capability for capability in CONFIGS if isinstance(capability, int) and capability <= target)]
-
-
-@cache
-def target_of(device: torch.device) -> int | str:
-    """The device's capability, 80 for sm_80, or its AMD architecture; 80 for the interpreter on a CPU."""
-    if device.type != "cuda":
-        return 80
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+NUM_WARPS = 4
 
 
 class Blocks(NamedTuple):
@@ -242,17 +211,17 @@ class Blocks(NamedTuple):
     apply: dict[str, int]
 
 
-def blocks_for(config: Config, channels: int, group: int, up: int) -> Blocks:
-    block_c = min(triton.next_power_of_2(channels), config.max_channels)
-    block_p = config.tile // block_c
+def blocks_for(channels: int, group: int, up: int) -> Blocks:
+    block_c = min(triton.next_power_of_2(channels), MAX_CHANNELS)
+    block_p = TILE // block_c
     block_g = triton.next_power_of_2(group)
     tile = {"CHANNELS": channels, "BLOCK_P": block_p, "BLOCK_C": block_c}
     return Blocks(
-        statistics=tile | {"STEPS": config.steps},
+        statistics=tile | {"STEPS": STEPS},
         combine={
             "CHANNELS": channels,
             "GROUP": group,
-            "STRIP": block_p * config.steps,
+            "STRIP": block_p * STEPS,
             "BLOCK_S": max(1, COMBINE_TILE // block_g),
             "BLOCK_G": block_g,
         },
@@ -275,16 +244,13 @@ def launch_group_norm_relu_upsample(
     width: int,
 ) -> Tensor:
     """Runs the kernels. Arguments, outcome and errors as `group_norm_relu_upsample`'s."""
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("shared", shared)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be of one of {list(DTYPES)}, got {tensor.dtype}")
+    check_dtypes(x=x, weight=weight, bias=bias, shared=shared)
     up = _checked_factor(x, weight, bias, num_groups, shared, image, height, width)
     n, channels, *size = x.shape
     out = torch.empty((n, height, width, channels), dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
     if out.numel() == 0:
         return out
-    config = config_for(target_of(x.device))
-    blocks = blocks_for(config, channels, channels // num_groups, up)
+    blocks = blocks_for(channels, channels // num_groups, up)
     x = x.contiguous(memory_format=torch.channels_last)
     if shared is not None:
         shared = shared.contiguous(memory_format=torch.channels_last)
@@ -301,18 +267,18 @@ def launch_group_norm_relu_upsample(
         statistics_kernel[(programs * strips,)](
             *(x, parts, pixels, strips),
             **blocks.statistics,
-            num_warps=config.num_warps,
+            num_warps=NUM_WARPS,
         )
         combine_kernel[(n * num_groups,)](
             *(parts, mean, rstd, pixels, strips, eps),
             **blocks.combine,
-            num_warps=config.num_warps,
+            num_warps=NUM_WARPS,
         )
         apply_kernel[(programs * triton.cdiv(pixels, blocks.apply["BLOCK_P"]),)](
             *(x, mean, rstd, weight.contiguous(), bias.contiguous(), shared, image, out),
             *(pixels, size[1], height, width),
             **blocks.apply,
-            num_warps=config.num_warps,
+            num_warps=NUM_WARPS,
         )
     return out
 
@@ -350,10 +316,10 @@ def _checked_factor(
     raise ValueError(f"height and width must be {size}, or 2n or 2n - 1 of each n of them, got {[height, width]}")
 
 
-# ---- registration ----
+# ---- operation ----
 
 
-@torch.library.custom_op("detr_fast::group_norm_relu_upsample", mutates_args=())
+@operation("group_norm_relu_upsample", launch_group_norm_relu_upsample)
 def group_norm_relu_upsample(
     x: Tensor,
     weight: Tensor,
@@ -382,11 +348,9 @@ def group_norm_relu_upsample(
         TypeError, ValueError: a dtype, shape or size other than these.
     """
     _checked_factor(x, weight, bias, num_groups, shared, image, height, width)
-    y = _affine(_normalise(x, num_groups, eps)[0], weight, bias).relu()
-    y = F.interpolate(y, size=(height, width))
-    if shared is not None and image is not None:
-        y = y + shared[image]
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    x = x.contiguous()  # PyTorch's own GroupNorm in channels_last takes E[x^2] - E[x]^2 on a CPU
+    y = reference.group_norm_relu_upsample(x, weight, bias, num_groups, eps, shared, image, (height, width))
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 @group_norm_relu_upsample.register_fake
@@ -404,31 +368,12 @@ def _(
     return x.new_empty((x.shape[0], height, width, x.shape[1])).permute(0, 3, 1, 2)
 
 
-@group_norm_relu_upsample.register_kernel("cuda")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    shared: Tensor | None,
-    image: Tensor | None,
-    height: int,
-    width: int,
-) -> Tensor:
-    return launch_group_norm_relu_upsample(x, weight, bias, num_groups, eps, shared, image, height, width)
-
-
 def _normalise(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """x [N,C,h,w] with mean 0 and variance 1 in each group, in float32 at least, and the factors that did it."""
-    groups = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (num_groups, -1))
+    groups = x.to(reference.at_least_float32(x.dtype)).unflatten(1, (num_groups, -1))
     groups = groups - groups.mean((2, 3, 4), keepdim=True)
     rstd = (groups.square().mean((2, 3, 4), keepdim=True) + eps).rsqrt()
     return (groups * rstd).flatten(1, 2), rstd.expand(-1, -1, groups.shape[2], 1, 1).flatten(1, 2)
-
-
-def _affine(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return z * weight.to(z.dtype)[:, None, None] + bias.to(z.dtype)[:, None, None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -445,13 +390,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if shared is not None:
         dshared = grad.new_zeros(shared.shape).index_add(0, image, grad).to(shared.dtype)
     low = torch.ops.aten.upsample_nearest2d_backward(grad, grad.shape[-2:], x.shape)
-    low = torch.where(_affine(z, weight, bias) > 0, low, 0)
+    weights, biases = (parameter.to(z.dtype)[:, None, None] for parameter in (weight, bias))
+    low = torch.where(z * weights + biases > 0, low, 0)
 
     def group_mean(x: Tensor) -> Tensor:
         groups = x.unflatten(1, (ctx.num_groups, -1))
         return groups.mean((2, 3, 4), keepdim=True).expand(-1, -1, groups.shape[2], 1, 1).flatten(1, 2)
 
-    dz = low * weight[:, None, None]
+    dz = low * weights
     dx = rstd * (dz - group_mean(dz) - z * group_mean(dz * z))
     dweight, dbias = (low * z).sum((0, 2, 3)), low.sum((0, 2, 3))
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, dshared, None, None, None
@@ -466,29 +412,17 @@ group_norm_relu_upsample.register_autograd(_backward, setup_context=_setup_conte
 LAYERS = ((264, False), (128, True), (64, True), (32, True), (16, False))
 
 
-def builds(target: int | str) -> list[Build]:
+def builds(target: Target) -> list[Build]:
     """The three kernels at every layer of DETR's mask head, with weights in float32."""
-    config = config_for(target)
     found = []
-
-    def add(name: str, kernel: Any, constexprs: dict[str, Any], types: dict[str, str]) -> None:
-        signature = {}
-        for argument in kernel.arg_names:
-            default = "constexpr" if argument in constexprs else "*fp32" if argument.endswith("_ptr") else "i32"
-            signature[argument] = types.get(argument, default)
-        aligned = tuple(argument for argument, kind in signature.items() if kind.startswith("*"))
-        found.append(Build(name, kernel, signature, constexprs, config.num_warps, 3, aligned, False))
-
     for channels, upsampled in LAYERS:
-        blocks = blocks_for(config, channels, channels // 8, 2 if upsampled else 1)
-        add(f"combine-{channels}", combine_kernel, blocks.combine, {"eps": "fp32"})
-        for dtype in DTYPES.values():
-            if dtype == "bf16" and isinstance(target, int) and target < 80:
-                continue
-            pointers = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-            add(f"statistics-{dtype}-{channels}", statistics_kernel, blocks.statistics, pointers)
-            if upsampled:
-                pointers |= {"shared_ptr": f"*{dtype}", "image_ptr": "*i64"}
-            absent: dict[str, Any] = {} if upsampled else {"shared_ptr": None, "image_ptr": None}
-            add(f"apply-{dtype}-{channels}", apply_kernel, {**blocks.apply, **absent}, pointers)
+        blocks = blocks_for(channels, channels // 8, 2 if upsampled else 1)
+        absent = {} if upsampled else {"shared_ptr": None, "image_ptr": None}
+        launch = {"num_warps": NUM_WARPS}
+        found.append(build(f"combine-{channels}", combine_kernel, {"eps": "fp32"}, blocks.combine, **launch))
+        for kind in dtypes_on(target).values():
+            types = dict.fromkeys(("x_ptr", "out_ptr", "shared_ptr"), f"*{kind}") | {"image_ptr": "*i64"}
+            name = f"{kind}-{channels}"
+            found.append(build(f"statistics-{name}", statistics_kernel, types, blocks.statistics, **launch))
+            found.append(build(f"apply-{name}", apply_kernel, types, {**blocks.apply, **absent}, **launch))
     return found

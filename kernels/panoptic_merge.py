@@ -36,19 +36,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from detr_fast import reference
-from detr_fast.kernels.build import Build
-from detr_fast.kernels.mask_upsample import (
+from detr_fast.kernels.common import Build, Target, build, config_for, device_of, dtypes_on, operation
+from detr_fast.kernels.ragged import (
+    Size,
     Tables,
     check_crop,
     check_masks,
-    config_for,
-    dtypes_of,
     image_of,
     load_taps,
     pairs,
@@ -56,13 +54,12 @@ from detr_fast.kernels.mask_upsample import (
     sample,
     strided_masks,
     taps_table,
-    target_of,
     tiles_of,
 )
 from detr_fast.resampling import pil_nearest_indices
 
 SMALL = tl.constexpr(reference.SMALLEST_AREA)
-NOWHERE = tl.constexpr(2**31 - 1)  # left and top of the box of no pixels
+NOWHERE = tl.constexpr(reference.NOWHERE)  # left and top of the box of no pixels
 
 # Counts of a query, int32 [N, STATS].
 STATS = tl.constexpr(5)
@@ -548,16 +545,7 @@ class Config(NamedTuple):
 # Read off builds, untimed until a GPU is at hand: two pixels a thread. With four the redo takes 128 registers and
 # spills on sm_70; with two all kernels stay within 80 registers, 59 on sm_90. With 8 warps, and so 8 rows, Triton 3.6
 # spills a register or two from sm_80 on.
-CONFIGS: dict[int | str, Config] = {
-    70: Config(4, 64, 4),
-    75: Config(4, 64, 4),
-    80: Config(4, 64, 4),
-    86: Config(4, 64, 4),
-    89: Config(4, 64, 4),
-    90: Config(4, 64, 4),
-    100: Config(4, 64, 4),
-    "gfx942": Config(4, 64, 2),
-}
+CONFIGS: dict[Target, Config] = {70: Config(4, 64, 4), "gfx942": Config(4, 64, 2)}
 
 
 # ---- tables ----
@@ -604,7 +592,7 @@ def id_dtype(counts: Sequence[int]) -> torch.dtype:
 
 def _sides(
     resized: Sequence[int], processed: Sequence[int], target: Sequence[int], count: int
-) -> list[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]:
+) -> list[tuple[Size, Size, Size]]:
     """(resized, processed, target) of each image. ValueError if one does not fit, or is cropped to more than it is."""
     named = {"resized": resized, "processed": processed, "target": target}
     sizes = list(zip(*(pairs(name, value, count) for name, value in named.items()), strict=True))
@@ -621,8 +609,8 @@ def _check_queries(masks: Tensor, labels: Tensor, counts: Sequence[int]) -> None
         raise ValueError(f"counts must be below 32768, got {max(counts)}")
 
 
-def plan(masks: Tensor, counts: Sequence[int], sizes: Sequence[tuple[Any, Any, Any]]) -> Plan:
-    config = config_for(target_of(masks.device), CONFIGS)
+def plan(masks: Tensor, counts: Sequence[int], sizes: Sequence[tuple[Size, Size, Size]]) -> Plan:
+    config = config_for(CONFIGS, device_of(masks.device).target)
     tables, header = Tables(), []
     picked_tiles = target_tiles = first = winners = out = 0
     for count, (resized, processed, target) in zip(counts, sizes, strict=True):
@@ -633,9 +621,9 @@ def plan(masks: Tensor, counts: Sequence[int], sizes: Sequence[tuple[Any, Any, A
             picked.append(length)
         header.append([picked_tiles, target_tiles, count, first, *picked, *target, *places, winners, out, 0, 0])
         if count:
-            picked_tiles += tiles_of(*picked, config)
+            picked_tiles += tiles_of(*picked, *config[:2])
             winners += math.prod(picked)
-        target_tiles += tiles_of(*target, config)
+        target_tiles += tiles_of(*target, *config[:2])
         first, out = first + count, out + math.prod(target)
     sent = tables.send(header, masks.device)
     return Plan(sent, len(header), picked_tiles, target_tiles, winners, out, id_dtype(counts), config)
@@ -765,46 +753,15 @@ def _allocate(p: Plan, masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 
 def _results(ids: Tensor, segment: Tensor, stats: Tensor) -> Merged:
-    return ids, segment, stats[:, 0].contiguous(), stats[:, 1:].contiguous()
+    """With copies of `stats`, a single query's too, whose views are contiguous: outputs must not share storage."""
+    area, box = (part.clone(memory_format=torch.contiguous_format) for part in (stats[:, 0], stats[:, 1:]))
+    return ids, segment, area, box
 
 
 # ---- operations ----
 
 
-def _shown(masks: Tensor, resized: tuple[int, int], processed: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Every query's bilinear values [K,H,W] at the pixels that NEAREST picks for the target."""
-    masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
-    large = F.interpolate(masks[None], size=resized, mode="bilinear", align_corners=False)[0]
-    rows, columns = (
-        torch.from_numpy(pil_nearest_indices(*axis)).to(masks.device) for axis in zip(processed, target, strict=True)
-    )
-    return large[:, rows[:, None], columns]
-
-
-def _count(winners: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Areas [K] and boxes [K,4] of the winners [H,W]."""
-    area, boxes = torch.bincount(winners.flatten(), minlength=count), []
-    for k in range(count):
-        y, x = (winners == k).nonzero().unbind(1)
-        nowhere = [NOWHERE.value, NOWHERE.value, 0, 0]
-        boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else nowhere)
-    return area.int(), torch.tensor(boxes, dtype=torch.int32, device=winners.device)
-
-
-def _collect(masks: Tensor, counts: Sequence[int], parts: list[Merged]) -> Merged:
-    """The results of all images, one after the other."""
-    empty = masks.new_empty(0, dtype=torch.int32)
-    columns = list(zip(*parts, strict=True)) or [()] * 4
-    ids, segment, area, box = (torch.cat([empty, *(part.flatten() for part in column)]) for column in columns)
-    return ids.to(id_dtype(counts)), segment, area, box.view(-1, 4)
-
-
-def _nothing(masks: Tensor, size: tuple[int, int]) -> Merged:
-    empty = masks.new_empty(0, dtype=torch.int32)
-    return masks.new_zeros(size, dtype=torch.int32), empty, empty, empty
-
-
-@torch.library.custom_op("detr_fast::panoptic_merge", mutates_args=())
+@operation("panoptic_merge", launch_panoptic_merge)
 def panoptic_merge(
     masks: Tensor,
     labels: Tensor,
@@ -815,7 +772,7 @@ def panoptic_merge(
     target: list[int],
     merge_for_good: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The panoptic merges of B images: `detr_fast.merge.panoptic_merge`, or `upstream_panoptic_merge`.
+    """The panoptic merges of B images: `reference.panoptic_merge` of each.
 
     Args:
         masks: mask logits of the kept queries [N,h,w], those of image 0 first.
@@ -823,54 +780,35 @@ def panoptic_merge(
         isthing: bool [C], whether a class is a thing (True) or stuff.
         counts: queries of each image, N in sum.
         resized: [h0, w0, ...], what each image's logits are resized to: the padded batch (ours) or `processed`
-        (upstream).
+            (facebookresearch's).
         processed: [h0, w0, ...], each image at the top left of that, without padding.
         target: [H0, W0, ...] of the results.
         merge_for_good: ours, with ids from 1; or facebookresearch's, with ids from 0.
 
     Returns:
         ids: uint8 (int16 if an image has more than 255 queries), [H_i,W_i] of each image, flat, one after the other; 0
-        where
-            nothing is left.
+            where nothing is left.
         segment: int32 [N], the id of each query's segment, -1 if it was removed. Queries that joined share an id.
         area, box: int32 [N] and [N,4], target pixels and (left, top, right, bottom), ends exclusive. A segment's are
-        the
-            sum and the union over its queries; a query without pixels has 0 and (2^31 - 1, 2^31 - 1, 0, 0). Not defined
-            for removed queries.
+            the sum and the union over its queries; a query without pixels has 0 and (2^31 - 1, 2^31 - 1, 0, 0). Not
+            defined for removed queries.
 
     Raises:
         TypeError, ValueError: shapes or sizes that do not fit; on a GPU, another dtype than float16, bfloat16, float32.
     """
     _check_queries(masks, labels, counts)
-    sizes, parts = _sides(resized, processed, target, len(counts)), []
-    for logits, classes, size in zip(masks.split(list(counts)), labels.split(list(counts)), sizes, strict=True):
-        parts.append(
-            _merge(logits, classes, isthing, size, merge_for_good) if len(logits) else _nothing(masks, size[2])
-        )
-    return _collect(masks, counts, parts)
+    sizes = _sides(resized, processed, target, len(counts))
+    images = zip(masks.split(list(counts)), labels.split(list(counts)), sizes, strict=True)
+    parts = [reference.panoptic_merge(own, classes, isthing, *size, merge_for_good) for own, classes, size in images]
+    return _collected(parts, masks, counts)
 
 
-def _merge(masks: Tensor, labels: Tensor, isthing: Tensor, size: tuple[Any, Any, Any], merge_for_good: bool) -> Merged:
-    """One image, as the definition has it: rounds until none is small."""
-    shown, own = _shown(masks, *size), torch.arange(len(masks), device=masks.device)
-    joins = ((labels[:, None] == labels) & ~isthing[labels]) | (own[:, None] == own)
-    lead = joins.int().argmax(1)
-    alive = torch.ones_like(lead, dtype=torch.bool)
-    while True:
-        winners = shown.masked_fill(~alive[:, None, None], -math.inf).argmax(0)
-        area = torch.zeros_like(lead).index_add_(0, lead[winners.flatten()], torch.ones_like(winners).flatten())
-        small = alive & ((area[lead] if merge_for_good else area) <= reference.SMALLEST_AREA)
-        alive = alive & ~small
-        if not small.any() or not alive.any():
-            break
-    leads = alive & (lead == own)
-    segment = torch.where(alive, leads.cumsum(0)[lead] - 1 + int(merge_for_good), -1).int()
-    winners = lead[winners]
-    ids = segment[winners] if alive.any() else torch.zeros_like(winners).int()
-    return ids, segment, *_count(winners, len(masks))
-
-
-panoptic_merge.register_kernel("cuda")(launch_panoptic_merge)
+def _collected(parts: Sequence[Merged], masks: Tensor, counts: Sequence[int]) -> Merged:
+    """The results of all images, one after the other, in the dtypes and shapes of the operation."""
+    empty = masks.new_empty(0, dtype=torch.int32)
+    columns = list(zip(*parts, strict=True)) or [()] * 4
+    ids, segment, area, box = (torch.cat([empty, *(part.flatten() for part in column)]) for column in columns)
+    return ids.to(id_dtype(counts)), segment, area, box.view(-1, 4)
 
 
 @panoptic_merge.register_fake
@@ -894,7 +832,7 @@ def _fake(masks: Tensor, counts: Sequence[int], target: Sequence[int]) -> Merged
     return masks.new_empty(pixels, dtype=id_dtype(counts)), per_query[0], per_query[1], per_query[2]
 
 
-@torch.library.custom_op("detr_fast::weighted_merge", mutates_args=())
+@operation("weighted_merge", launch_weighted_merge)
 def weighted_merge(
     masks: Tensor,
     scores: Tensor,
@@ -922,37 +860,11 @@ def weighted_merge(
         TypeError, ValueError: shapes or sizes that do not fit; on a GPU, another dtype than float16, bfloat16, float32.
     """
     _check_queries(masks, labels, counts)
-    parts, split = [], list(counts)
-    images = zip(masks.split(split), scores.split(split), labels.split(split), strict=True)
-    for (logits, score, classes), size in zip(images, pairs("target", target, len(counts)), strict=True):
-        if len(logits) == 0:
-            parts.append(_nothing(masks, size))
-            continue
-        probabilities = logits.to(torch.promote_types(masks.dtype, torch.float32)).sigmoid()
-        weighted = _shown(probabilities, size, size, size) * score[:, None, None]
-        winners = weighted.argmax(0)
-        area, box = _count(winners, len(logits))
-        ratio = (area / (weighted >= mask_threshold).sum((1, 2))).tolist()  # x / 0 is inf, which is no ratio
-        accepted = [0 < value < math.inf and value > overlap_threshold for value in ratio]
-        segment = torch.tensor(_number(accepted, classes.tolist(), fuse.tolist()), dtype=torch.int32)
-        segment = segment.to(masks.device)
-        parts.append((segment[winners].clamp(min=0), segment, area, box))
-    return _collect(masks, counts, parts)
-
-
-def _number(accepted: list[bool], labels: list[int], fuse: list[bool]) -> list[int]:
-    """The id of each query's segment; after a repeat of a fused class the next new one counts on from that id."""
-    ids, current, fused = [], 0, dict[int, int]()
-    for keep, label in zip(accepted, labels, strict=True):
-        if keep:
-            current = fused.get(label, current + 1)
-            if fuse[label]:
-                fused[label] = current
-        ids.append(current if keep else -1)
-    return ids
-
-
-weighted_merge.register_kernel("cuda")(launch_weighted_merge)
+    targets = pairs("target", target, len(counts))
+    images = zip(*(tensor.split(list(counts)) for tensor in (masks, scores, labels)), targets, strict=True)
+    thresholds = mask_threshold, overlap_threshold
+    parts = [reference.weighted_merge(*queries, fuse, size, *thresholds) for *queries, size in images]
+    return _collected(parts, masks, counts)
 
 
 @weighted_merge.register_fake
@@ -972,52 +884,38 @@ def _(
 # ---- builds ----
 
 
-def builds(target: int | str) -> list[Build]:
+def builds(target: Target) -> list[Build]:
     """Every configuration that the launchers choose on `target`; ids in bytes, and in 16 bits once."""
-    config = config_for(target, CONFIGS)
-    tables = {"header_ptr": "*i64", "tables_ptr": "*i32", "weights_ptr": "*fp32"}
-    strides = {"stride_mn": "i32", "stride_mh": "i32", "stride_mw": "i32", "images": "i32"}
-    blocks = {"BLOCK_H": config.block_h, "BLOCK_W": config.block_w}
+    config = config_for(CONFIGS, target)
+    types = {"header_ptr": "*i64", "tables_ptr": "*i32", "labels_ptr": "*i64", "isthing_ptr": "*u8", "fuse_ptr": "*u8"}
+    types |= dict.fromkeys(("lead_ptr", "stats_ptr", "own_ptr", "alive_ptr", "counts_for_ptr", "segment_ptr"), "*i32")
+    types |= dict.fromkeys(("mask_threshold", "overlap_threshold"), "fp32")
     found: list[Build] = []
 
-    def add(name: str, kernel: Any, types: dict[str, str], constexprs: dict[str, Any], num_warps: int) -> None:
-        signature = types | {argument: "constexpr" for argument in constexprs}
-        signature = {argument: signature[argument] for argument in kernel.arg_names}
-        pointers = tuple(argument for argument, type in signature.items() if type.startswith("*"))
-        found.append(Build(name, kernel, signature, constexprs, num_warps, 3, pointers, False))
+    def add_tiles(name: str, kernel: Any, dtype: str, ids: str, **constexprs: bool | None) -> None:
+        pointers = {"masks_ptr": f"*{dtype}", "winners_ptr": f"*{ids}", "out_ptr": f"*{ids}"}
+        values = {"BLOCK_H": config.block_h, "BLOCK_W": config.block_w, **constexprs}
+        found.append(build(name, kernel, {**types, **pointers}, values, num_warps=config.num_warps))
 
-    def add_tiles(dtype: str, ids: str) -> None:
-        types = {"masks_ptr": f"*{dtype}", "winners_ptr": f"*{ids}", "stats_ptr": "*i32", **tables, **strides}
-        threshold = {"mask_threshold": "fp32"}
-        outputs = {"segment_ptr": "*i32", "out_ptr": f"*{ids}"}
-        warps = config.num_warps
+    def add_queries(name: str, kernel: Any, **constexprs: bool | None) -> None:
+        found.append(build(name, kernel, types, {"BLOCK_K": config.block_k, **constexprs}, num_warps=1))
 
-        for mode, lead in (("merged", {"lead_ptr": "*i32"}), ("unmerged", {})):
-            none = dict.fromkeys({"scores_ptr", "own_ptr", "lead_ptr"} - lead.keys())
-            name = f"winners-{mode}-{dtype}-{ids}"
-            add(name, winners_kernel, {**types, **lead, **threshold}, {**blocks, **none}, warps)
-        add(f"settle-{dtype}-{ids}", settle_kernel, {**types, "alive_ptr": "*i32"}, blocks, warps)
-        add(f"write-{dtype}-{ids}", write_kernel, {**types, **outputs}, {**blocks, "REDO": True}, warps)
+    for dtype, ids in [*((dtype, "u8") for dtype in dtypes_on(target).values()), ("fp32", "i16")]:
+        unweighted = {"scores_ptr": None, "own_ptr": None}
+        add_tiles(f"winners-merged-{dtype}-{ids}", winners_kernel, dtype, ids, **unweighted)
+        add_tiles(f"winners-unmerged-{dtype}-{ids}", winners_kernel, dtype, ids, **unweighted, lead_ptr=None)
+        add_tiles(f"settle-{dtype}-{ids}", settle_kernel, dtype, ids)
+        add_tiles(f"write-{dtype}-{ids}", write_kernel, dtype, ids, REDO=True)
         if dtype == "fp32":
-            weighted = {**types, "scores_ptr": "*fp32", "own_ptr": "*i32", **threshold}
-            add(f"winners-weighted-{ids}", winners_kernel, weighted, {**blocks, "lead_ptr": None}, warps)
-            add(f"write-weighted-{ids}", write_kernel, {**types, **outputs}, {**blocks, "REDO": False}, warps)
+            add_tiles(f"winners-weighted-{ids}", winners_kernel, dtype, ids, lead_ptr=None)
+            add_tiles(f"write-weighted-{ids}", write_kernel, dtype, ids, REDO=False)
 
-    for dtype in dtypes_of(target):
-        add_tiles(dtype, "u8")
-    add_tiles("fp32", "i16")
-
-    queries = {"labels_ptr": "*i64", "lead_ptr": "*i32", "stats_ptr": "*i32", "own_ptr": "*i32", "header_ptr": "*i64"}
-    block_k = {"BLOCK_K": config.block_k}
-    leads = {"isthing_ptr": "*u8", **{name: type for name, type in queries.items() if name != "own_ptr"}}
-    add("start-leads", start_kernel, leads, {"own_ptr": None, "LEADS": True, **block_k}, 1)
-    add("start-weighted", start_kernel, queries, {"lead_ptr": None, "isthing_ptr": None, "LEADS": False, **block_k}, 1)
-    alive = {"alive_ptr": "*i32", "counts_for_ptr": "*i32", "segment_ptr": "*i32", "first_id": "i32"}
-    add("unmerge", unmerge_kernel, {**queries, **alive}, block_k, 1)
-    add("number", number_kernel, {**queries, **alive}, block_k, 1)
-    accept = {**queries, **alive, "fuse_ptr": "*u8", "overlap_threshold": "fp32"}
+    add_queries("start-leads", start_kernel, own_ptr=None, LEADS=True)
+    add_queries("start-weighted", start_kernel, lead_ptr=None, isthing_ptr=None, LEADS=False)
+    add_queries("unmerge", unmerge_kernel)
+    add_queries("number", number_kernel)
     for count in (1, 1000):  # up to 128 kept queries, and all of a very large model
         blocks = accept_blocks(count, config)
         num_warps = blocks.pop("num_warps")
-        add(f"accept-{blocks['BLOCK_K']}", accept_kernel, accept, blocks, num_warps)
+        found.append(build(f"accept-{blocks['BLOCK_K']}", accept_kernel, types, blocks, num_warps=num_warps))
     return found

@@ -43,7 +43,7 @@ NOT_RUN = {
     ],
     "docs/architecture.md": [],
     "docs/kernels.md": [
-        "python -m pytest tests/test_kernels_bias_relu.py",
+        "python -m pytest tests/ops/test_bias_relu.py",
         "python -m bench.kernel_builds --check",
         "python -m bench.gpu --out gpu.json",
     ],

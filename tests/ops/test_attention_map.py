@@ -5,18 +5,18 @@ The contract: at most twice the error of the definition in float32, in which it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detr_fast import reference
-from detr_fast.detr.segmentation import MHAttentionMap
 from detr_fast.kernels import attention_map as kernels
+from detr_fast.kernels.common import DEVICES
 from far_memory import STEP, sparse, spread
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
@@ -48,15 +48,6 @@ ALL_CASES = [pytest.param(case, id=name) for name, case in CASES.items()] + [
 ]
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Whatever torch.empty returns is NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, Tensor | None]:
     """Queries of the images in turn and back, so that neighbours differ; the last image is all padding."""
     generator = torch.Generator().manual_seed(0)
@@ -75,22 +66,6 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Tensor
     return q.to(device, dtype), k.to(device, dtype), image.to(device), case.nheads, padding
 
 
-def definition(q: Tensor, k: Tensor, image: Tensor, nheads: int, padding: Tensor | None) -> Tensor:
-    """`reference.attention_map`, whose projections change nothing here, of each query and its image: [N,L,heads]."""
-    module = MHAttentionMap(q.shape[1], q.shape[1], nheads).to(q.device, q.dtype).requires_grad_(False)
-    for layer in (module.q_linear, module.k_linear):
-        nn.init.eye_(layer.weight)
-    module.normalize_fact = 1.0
-    keys = k.transpose(1, 2)[..., None]  # [B,d,L,1]
-    maps = [
-        reference.attention_map(
-            module, q[n][None, None], keys[i][None], None if padding is None else padding[i][None, :, None]
-        )
-        for n, i in enumerate(image.tolist())
-    ]
-    return torch.cat(maps)[:, 0, :, :, 0].transpose(1, 2)
-
-
 def assert_contract(fast: Tensor, plain: Tensor, truth: Tensor) -> None:
     assert fast.shape == truth.shape and fast.dtype == torch.float32 and truth.isfinite().all()
     error, allowed = ((x.double() - truth).abs().max().item() for x in (fast, plain))
@@ -104,8 +79,8 @@ def test_meets_the_contract(case: Case, dtype: torch.dtype, device: torch.device
     out = kernels.launch_attention_map(q, k, image, nheads, padding)
     assert_contract(
         out,
-        definition(q.float(), k.float(), image, nheads, padding),
-        definition(q.double(), k.double(), image, nheads, padding),
+        reference.attention_map(q.float(), k.float(), image, nheads, padding),
+        reference.attention_map(q.double(), k.double(), image, nheads, padding),
     )
     if padding is not None:
         assert (out[padding[image]] == 0).all()
@@ -119,7 +94,9 @@ def test_any_strides_and_mixed_dtypes(device: torch.device) -> None:
     image = torch.tensor([1, 1, 0, 0, 1, 9, 9], dtype=torch.int32, device=device)[:5]
     padding = (torch.rand(23, 2, generator=generator) < 0.3).to(device).T
     out = kernels.launch_attention_map(q, k, image, 2, padding)
-    torch.testing.assert_close(out.double(), definition(q.double(), k.double(), image, 2, padding), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        out.double(), reference.attention_map(q.double(), k.double(), image, 2, padding), atol=1e-6, rtol=0
+    )
 
 
 def test_equal_scores_and_extreme_ones(device: torch.device) -> None:
@@ -206,7 +183,7 @@ def test_operator_computes_and_differentiates_the_definition(padded: bool, devic
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(7, 9, 2, generator=generator, dtype=torch.float64).to(device, dtype)
     leaves = [x.double().requires_grad_() for x in (q, k)]
-    truth = definition(*leaves, image, nheads, padding)
+    truth = reference.attention_map(*leaves, image, nheads, padding)
     true_grads = torch.autograd.grad(truth, leaves, grad.double())
     for function in (kernels.attention_map, torch.compile(kernels.attention_map, fullgraph=True, backend="aot_eager")):
         leaves = [x.clone().requires_grad_() for x in (q, k)]
@@ -245,7 +222,7 @@ def test_groups_leave_work_for_every_multiprocessor() -> None:
     assert kernels.group_for(queries=100, blocks=27, multiprocessors=132, most=8) == 5
 
 
-@pytest.mark.parametrize("target", list(kernels.CONFIGS))
+@pytest.mark.parametrize("target", [device.target for device in DEVICES.values()])
 def test_builds_are_those_of_the_launcher(target: int | str) -> None:
     builds = kernels.builds(target)
     assert len({build.name for build in builds}) == len(builds)

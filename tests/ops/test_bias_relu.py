@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -14,15 +12,8 @@ from triton.runtime import interpreter
 from detr_fast.kernels import bias_relu as kernels
 from far_memory import sparse
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Whatever torch.empty returns is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, residual: bool, device: torch.device) -> tuple:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from detr_fast.kernels import mask_upsample as kernels
+from detr_fast.kernels import ragged
 from detr_fast.postprocess import PostProcessSegm
 
 NEAR_TIE = 1e-5  # probabilities closer than this to the threshold may go either way
@@ -138,93 +139,24 @@ def test_any_strides(layout: str, device: torch.device) -> None:
         "sliced": wide[1::2, 1:, ::3],
         "expanded": wide[:1].expand(3, -1, -1),
     }[layout]
-    count, height, width = masks.shape
-    args = [count], [40, 50], [33, 50], [21, 19]
+    args = [len(masks)], [40, 50], [33, 50], [21, 19]
     expected = kernels.launch_mask_upsample(masks.contiguous(), *args, 0.5)
     assert torch.equal(kernels.launch_mask_upsample(masks, *args, 0.5), expected)
-    large = kernels.launch_bilinear_resize(masks, 2 * height, width + 3)
-    assert torch.equal(large, kernels.launch_bilinear_resize(masks.contiguous(), 2 * height, width + 3))
-    low = kernels.launch_bilinear_resize_backward(masks, 5, 7)
-    assert torch.equal(low, kernels.launch_bilinear_resize_backward(masks.contiguous(), 5, 7))
 
 
 def test_nothing_to_do(device: torch.device) -> None:
     nothing = torch.zeros(0, 4, 5, device=device)
     assert kernels.launch_mask_upsample(nothing, [], [8, 9], [], [], 0.5).shape == (0,)
     assert kernels.launch_mask_upsample(nothing, [0, 0], [8, 9], [8, 9, 8, 9], [3, 3, 2, 2], 0.5).shape == (0,)
-    assert kernels.launch_bilinear_resize(nothing, 8, 9).shape == (0, 8, 9)
-    assert kernels.launch_bilinear_resize_backward(nothing, 8, 9).shape == (0, 8, 9)
 
 
-# ---- float masks ----
-
-SIZES = {  # mask, result
-    "up": ((3, 13, 17), (51, 67)),
-    "same": ((2, 9, 11), (9, 11)),
-    "down": ((2, 40, 37), (17, 9)),  # some inputs are no tap of anything
-    "both": ((1, 6, 31), (29, 8)),
-    "pixel": ((18, 1, 1), (3, 4)),
-}
+# ---- the operation, on a CPU ----
 
 
-def error(actual: Tensor, truth: Tensor) -> float:
-    assert actual.shape == truth.shape
-    worst = (actual.cpu().double() - truth).abs().max().item()
-    assert not np.isnan(worst)
-    return worst
-
-
-def check_resize(shape: tuple[int, int, int], size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-    """err(kernel) <= 2 err(plain PyTorch in the same dtype) + 1e-6, forward and backward, against float64."""
-    masks, grad = logits(*shape, dtype), logits(shape[0], *size, dtype, seed=1)
-
-    def plain(masks: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        masks = masks.detach().requires_grad_()
-        large = F.interpolate(masks[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-        return large.detach(), torch.autograd.grad(large, masks, grad)[0]
-
-    truth = plain(masks.double(), grad.double())
-    theirs = plain(masks.to(device), grad.to(device))
-    ours = (
-        kernels.launch_bilinear_resize(masks.to(device), *size),
-        kernels.launch_bilinear_resize_backward(grad.to(device), *shape[1:]),
-    )
-    for fast, slow, exact in zip(ours, theirs, truth, strict=True):
-        assert fast.dtype == dtype and fast.is_contiguous()
-        assert error(fast, exact) <= 2 * error(slow, exact) + 1e-6
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SIZES)
-def test_resize_and_its_gradient(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    check_resize(*SIZES[name], dtype, device)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_resize_and_its_gradient_of_real_images(dtype: torch.dtype, device: torch.device) -> None:
-    check_resize((20, 200, 334), (800, 1333), dtype, device)
-
-
-@pytest.mark.gpu
-def test_gradients_are_the_same_each_time(device: torch.device) -> None:
-    grad = logits(20, 800, 1066, torch.float32).to(device)
-    first, *others = (kernels.launch_bilinear_resize_backward(grad, 200, 267) for _ in range(20))
-    assert all(torch.equal(first, other) for other in others)
-
-
-# ---- the operations, on a CPU and compiled ----
-
-
-def test_operations() -> None:
+def test_operation() -> None:
     masks = logits(3, 5, 6, torch.float32)
     args = (masks, [2, 0, 1], [20, 23], [20, 23, 9, 9, 17, 20], [11, 9, 4, 4, 25, 30], 0.5)
     torch.library.opcheck(kernels.mask_upsample, args)
-    torch.library.opcheck(kernels.bilinear_resize, (masks.requires_grad_(), 11, 13))
-    torch.library.opcheck(kernels.bilinear_resize_backward, (masks.detach(), 3, 9))
-    assert torch.autograd.gradcheck(
-        lambda x: kernels.bilinear_resize(x, 11, 5), masks.detach().double().requires_grad_()
-    )
 
 
 @pytest.mark.parametrize("launch", [kernels.launch_mask_upsample, kernels.mask_upsample])
@@ -244,7 +176,7 @@ def test_errors_name_the_argument(launch: Any) -> None:
 
 def test_float64_is_refused_by_the_kernels() -> None:
     with pytest.raises(TypeError, match="masks must be float16, bfloat16 or float32, got torch.float64"):
-        kernels.launch_bilinear_resize(torch.zeros(1, 2, 2).double(), 3, 3)
+        kernels.launch_mask_upsample(torch.zeros(1, 2, 2).double(), [1], [3, 3], [3, 3], [3, 3], 0.5)
 
 
 # ---- addresses ----
@@ -252,7 +184,7 @@ def test_float64_is_refused_by_the_kernels() -> None:
 
 @triton.jit
 def offsets_kernel(out_ptr, plane, stride):
-    tl.store(out_ptr, kernels.plane_offset(plane, stride))
+    tl.store(out_ptr, ragged.plane_offset(plane, stride))
 
 
 def test_planes_lie_beyond_two_to_the_31(device: torch.device) -> None:
@@ -262,7 +194,7 @@ def test_planes_lie_beyond_two_to_the_31(device: torch.device) -> None:
 
 
 def test_header_holds_offsets_beyond_two_to_the_31() -> None:
-    tables = kernels.Tables()
+    tables = ragged.Tables()
     assert (tables.place("a", np.arange(3, dtype=np.int32)), tables.place("a", np.zeros(9, np.int32))) == (0, 0)
     header, integers, floats = tables.send([[2**40, 7]], torch.device("cpu"))
     assert header.tolist() == [2**40, 7] and integers.tolist() == [0, 1, 2]
@@ -295,4 +227,4 @@ def bases(kernel_file: str) -> dict[str, set[str]]:
 
 def test_compiled_addresses_of_planes_are_64_bits_wide() -> None:
     found = bases("mask_upsample")
-    assert all(found[name] == {"i64"} for name in ("masks_ptr", "grad_ptr", "out_ptr")), found
+    assert all(found[name] == {"i64"} for name in ("masks_ptr", "out_ptr")), found

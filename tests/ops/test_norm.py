@@ -9,28 +9,19 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from detr_fast import reference
 from detr_fast.kernels import add_layer_norm as layer
 from detr_fast.kernels import group_norm_relu_upsample as group
 
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 EPS = 1e-5
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Whatever torch.empty returns is NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_contract(fast: Tensor, plain: Tensor, truth: Tensor) -> None:
@@ -46,20 +37,10 @@ def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0)
 # ---- GroupNorm, ReLU, upsampling ----
 
 
-def group_definition(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    shared: Tensor | None,
-    image: Tensor | None,
-    height: int,
-    width: int,
-) -> Tensor:
-    """As in `reference.mask_head`."""
-    y = F.interpolate(F.group_norm(x, num_groups, weight, bias, eps).relu(), size=(height, width))
-    return y if shared is None or image is None else shared[image] + y
+def group_definition(*arguments: Any) -> Tensor:
+    """`reference.group_norm_relu_upsample` in the dtype of its arguments, with the operation's height and width."""
+    *tensors, height, width = arguments
+    return reference.group_norm_relu_upsample(*tensors, (height, width))
 
 
 def group_case(
@@ -121,10 +102,10 @@ def test_group_norm_of_a_mean_far_from_zero(device: torch.device, poisoned: None
 
 
 def test_group_norm_combines_many_strips(device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "config_for", lambda target: group.Config(32, 8, 2, 4))
-    monkeypatch.setattr(group, "COMBINE_TILE", 8)
+    for name, value in {"TILE": 32, "MAX_CHANNELS": 8, "STEPS": 2, "COMBINE_TILE": 8}.items():
+        monkeypatch.setattr(group, name, value)
     arguments = group_case(1, 12, (5, 7), 3, (10, 14), 1, torch.float32, device)
-    assert group.blocks_for(group.config_for(80), 12, 4, 2).combine["BLOCK_S"] < 35 // 8
+    assert group.blocks_for(12, 4, 2).combine["BLOCK_S"] < 35 // 8
     assert_group_contract(arguments)
 
 
@@ -210,12 +191,6 @@ def test_group_norm_gradients_meet_the_contract(images: int, dtype: torch.dtype,
 # ---- residual sum and LayerNorm ----
 
 
-def layer_definition(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """As in `reference.transformer`."""
-    dtype = torch.promote_types(x.dtype, update.dtype)
-    return F.layer_norm(x + update, weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
-
-
 def layer_case(
     *shape: int, residual: torch.dtype, update: torch.dtype, device: torch.device, mean: float = 0.5
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
@@ -233,9 +208,12 @@ def assert_layer_contract(arguments: tuple) -> None:
     fast = layer.launch_add_layer_norm(*arguments)
     assert fast.dtype == arguments[0].dtype and fast.is_contiguous()
     wide = converted(arguments, torch.float64)
-    assert_contract(fast, layer_definition(*arguments), layer_definition(*wide))
+    assert_contract(fast, reference.add_layer_norm(*arguments), reference.add_layer_norm(*wide))
     grad = random(*fast.shape, dtype=fast.dtype, device=fast.device, seed=9)
-    plain, truth = gradients(layer_definition, arguments), gradients(layer_definition, arguments, torch.float64)
+    plain, truth = (
+        gradients(reference.add_layer_norm, arguments),
+        gradients(reference.add_layer_norm, arguments, torch.float64),
+    )
     for tensor, *found in zip(arguments, launched_gradients(grad, arguments), plain, truth, strict=False):
         assert found[0].dtype == tensor.dtype
         assert_contract(*found)
@@ -258,7 +236,7 @@ def test_layer_norm_of_a_16_bit_residual_and_of_a_far_mean(device: torch.device,
 def test_layer_norm_gradients_over_several_programs(
     device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer, "config_for", lambda target: layer.Config(64, 4))
+    monkeypatch.setattr(layer, "TILE", 64)
     monkeypatch.setattr(layer, "BACKWARD_BLOCKS", 2)
     assert_layer_contract(layer_case(23, 20, residual=torch.float32, update=torch.float16, device=device))
 
@@ -307,7 +285,10 @@ def test_layer_norm_refuses(change: dict, error: type[Exception], message: str, 
 def test_layer_norm_trains(update: torch.dtype, device: torch.device) -> None:
     """Through autograd."""
     arguments = layer_case(2, 5, 24, residual=torch.float32, update=update, device=device)
-    plain, truth = gradients(layer_definition, arguments), gradients(layer_definition, arguments, torch.float64)
+    plain, truth = (
+        gradients(reference.add_layer_norm, arguments),
+        gradients(reference.add_layer_norm, arguments, torch.float64),
+    )
     for found in zip(gradients(layer.add_layer_norm, arguments), plain, truth, strict=True):
         assert_contract(*found)
 

@@ -13,9 +13,10 @@ from test_mask_upsample import bases, flat
 from test_mask_upsample import poisoned as poisoned
 from torch import Tensor
 
+from contract import merge_by_definition
 from detr_fast import postprocess, reference
 from detr_fast.kernels import panoptic_merge as kernels
-from detr_fast.ops import merge
+from detr_fast.resampling import pil_nearest_indices
 from postprocess_cases import CASES, is_thing, make, smooth
 
 NEAR_TIE = 1e-5  # logits closer than this may go either way
@@ -49,7 +50,7 @@ def images_of(name: str, dtype: torch.dtype) -> tuple[Size, list[Image]]:
 
 
 def launch(padded: Size, images: list[Image], ours: bool, device: torch.device) -> list[tuple[Tensor, list[Any]]]:
-    """For each image its ids int32 [H,W] and segments, as the merges of detr_fast.merge return them."""
+    """For each image its ids int32 [H,W] and segments, as the merges of `detr_fast.postprocess` return them."""
     masks, labels = (torch.cat([getattr(image, name) for image in images]) for name in ("masks", "labels"))
     processed, targets = [image.processed for image in images], [image.target for image in images]
     counts = [len(image.labels) for image in images]
@@ -97,13 +98,11 @@ def with_boxes(ids: Tensor, infos: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def truth(padded: Size, image: Image, ours: bool) -> tuple[Tensor, list[dict[str, Any]]]:
-    if len(image.labels) == 0:
-        return torch.zeros(image.target, dtype=torch.int32), []
     sizes: dict[str, Any] = {"processed_size": image.processed, "target_size": image.target, "isthing": is_thing}
     arguments = image.masks.double(), image.scores, image.labels
     if ours:
-        return reference.panoptic_merge(*arguments, padded_size=padded, **sizes)
-    ids, infos = reference.upstream_panoptic_merge(*arguments, **sizes)
+        return merge_by_definition(*arguments, padded_size=padded, **sizes)
+    ids, infos = merge_by_definition(*arguments, **sizes)
     return ids, with_boxes(ids, infos)
 
 
@@ -166,7 +165,9 @@ def test_rounds_end_where_the_definition_ends() -> None:
     for seed in range(40):
         one = crowd(seed, 4 + seed, (9 + seed % 5, 11))
         for ours in rounds:
-            shown = kernels._shown(one.masks, one.processed, one.processed, one.target)
+            axes = zip(one.processed, one.target, strict=True)
+            rows, columns = (torch.from_numpy(pil_nearest_indices(*axis)) for axis in axes)
+            shown = reference.resize_masks(one.masks, one.processed)[:, rows[:, None], columns]
             labels = one.labels.tolist()
             lead = torch.tensor([k if is_thing(c) else labels.index(c) for k, c in enumerate(labels)])
             alive, removals, merged = torch.ones_like(lead, dtype=torch.bool), 0, True
@@ -400,9 +401,11 @@ def test_operation_is_the_fast_cpu_merge(ours: bool) -> None:
         )
         sizes: dict[str, Any] = {"processed_size": image.processed, "target_size": image.target, "isthing": is_thing}
         if ours:
-            expected, infos = merge.panoptic_merge(image.masks, image.scores, image.labels, padded_size=whole, **sizes)
+            expected, infos = postprocess.panoptic_merge(
+                image.masks, image.scores, image.labels, padded_size=whole, **sizes
+            )
         else:
-            expected, infos = merge.upstream_panoptic_merge(image.masks, image.scores, image.labels, **sizes)
+            expected, infos = postprocess.upstream_panoptic_merge(image.masks, image.scores, image.labels, **sizes)
             infos = with_boxes(expected, infos)
         assert torch.equal(ids.view(image.target).int(), expected)
         assert segments(image, segment, area, box, ours) == infos
