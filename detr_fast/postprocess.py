@@ -211,6 +211,8 @@ def resize_and_crop(masks: Tensor, padded: Size, processed: Size) -> Tensor:
     nothing is padded."""
     if padded == processed:
         return masks
+    if len(masks) == 0:
+        return masks.new_empty((0, *processed))
     return F.interpolate(masks[None], size=padded, mode="bilinear")[0, :, : processed[0], : processed[1]]
 
 

@@ -75,6 +75,10 @@ def weighted_merge(
     overlap_threshold: float,
 ) -> Merges:
     """`reference.weighted_merge` of B images; arguments as for `panoptic_merge`, fuse bool [C]."""
+    if len({image.shape[1:] for image in masks}) > 1:  # cropped from a padded batch
+        images = zip(*([[x] for x in parts] for parts in (masks, scores, labels)), ([x] for x in targets), strict=True)
+        merges = [weighted_merge(m, s, c, fuse, t, mask_threshold, overlap_threshold) for m, s, c, t in images]
+        return _joined([Merged(*merge) for merge in merges])
     if uses_kernels(masks[0]):
         queries = (torch.cat(list(parts)) for parts in (masks, scores, labels))
         merge = torch.ops.detr_fast.weighted_merge

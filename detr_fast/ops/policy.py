@@ -14,7 +14,6 @@ from detr_fast.kernels import common
 from detr_fast.kernels.common import Device
 
 HAS_TRITON = find_spec("triton") is not None
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # What `plain` can switch off, from the largest part of the model to the smallest.
 REWRITES = {
@@ -99,8 +98,8 @@ def gpu(device: torch.device) -> Device | None:
 
 def uses_kernels(x: Tensor) -> bool:
     """Whether Triton's kernels compute with x: on a GPU, in the dtypes they have."""
-    dtypes = (*KERNEL_DTYPES, torch.float64) if _float64 else KERNEL_DTYPES
-    return HAS_TRITON and gpu(x.device) is not None and x.dtype in dtypes and not is_plain("kernels")
+    has_dtype = x.dtype in common.DTYPES or (_float64 and x.dtype == torch.float64)
+    return HAS_TRITON and gpu(x.device) is not None and has_dtype and not is_plain("kernels")
 
 
 def trains(*tensors: Tensor | None) -> bool:
