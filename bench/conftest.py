@@ -20,7 +20,7 @@ import torch
 
 from bench import measure
 from bench.cases import REAL, TINY, Scale
-from bench.gpu_cases import NAMES, SINGLE
+from bench.operations.case import NAMES, SINGLE
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

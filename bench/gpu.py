@@ -36,9 +36,10 @@ from torch import Tensor, nn
 
 from bench import cases, measure
 from bench.cases import REAL
-from bench.gpu_cases import BRAIN, HALF, NAMES, SINGLE, Case, Draw, all_cases, wrong
 from bench.gpu_tables import Row, broken, tables
 from bench.ladder import errors, transformers_model
+from bench.operations import on_gpu
+from bench.operations.case import BRAIN, HALF, NAMES, SINGLE, Case, Draw, wrong
 from detr_fast import ops
 from detr_fast.predictor import PanopticResult, Predictor
 
@@ -240,12 +241,15 @@ class Rung:
     kept: int | None  # queries whose masks are computed, of each image; None: all
 
     def forward(self, model: Any, samples: Tensor) -> dict[str, Any]:
-        """Plain models compute in float16 the way PyTorch's autocast does, ours by their `compute_dtype`."""
-        model.compute_dtype = self.dtype if self.fast else None
+        """Plain models compute in float16 the way PyTorch's autocast does, ours by their argument."""
         rules = nullcontext() if self.fast else ops.plain()
         mixed = torch.autocast(samples.device.type, self.dtype, enabled=not self.fast and self.dtype != SINGLE)
         with torch.no_grad(), rules, mixed:
-            return model(samples, None if self.kept is None else cases.keep(self.kept))
+            return model(
+                samples,
+                None if self.kept is None else cases.keep(self.kept),
+                self.dtype if self.fast else None,
+            )
 
 
 # What a row's logits, boxes and masks of unit size may be off from float64; PyTorch's float32 convolutions are TF32.
@@ -417,7 +421,7 @@ def tests_section(rows: Rows, quick: bool) -> None:
 
 
 def kernels_section(rows: Rows, quick: bool) -> None:
-    chosen = [case for case in all_cases() if not quick or (case.batch == REAL.batches[1] and case.dtype != BRAIN)]
+    chosen = [case for case in on_gpu() if not quick or (case.batch == REAL.batches[1] and case.dtype != BRAIN)]
     measure_kernels(rows, CudaTimer(cuda()), cuda(), chosen)
 
 

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,11 +37,11 @@ from PIL import Image
 from torch import Tensor
 
 from bench import cases, measure
-from bench.gpu_cases import Draw
+from bench.operations.case import Draw
 from detr_fast.detr.segmentation import DETRsegm
 from detr_fast.labeling import stages, workers
 from detr_fast.labeling.pipeline import label
-from detr_fast.predictor import Pixels, Predictor
+from detr_fast.predictor import Predictor
 
 DISTINCT = 16  # pictures; any more are copies
 FORMATS = ("panoptic", "instances")
@@ -101,12 +102,12 @@ def free_predictor(scale: cases.Scale, model: type[FreeModel] = FreeModel) -> Pr
 class KeepsSome(Predictor):
     """Keeps as many queries as a photograph has objects: those it is surest of."""
 
-    kept = cases.KEPT
+    keeps = cases.KEPT
 
     def select(self, pred_logits: Tensor) -> Tensor:
         scores, labels = pred_logits.softmax(-1).max(-1)
         scores = scores.masked_fill(labels == pred_logits.shape[-1] - 1, -1)
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(self.kept).indices, True)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(self.keeps).indices, True)
 
 
 def write_pictures(folder: Path, count: int, scale: cases.Scale) -> None:
@@ -163,16 +164,16 @@ def stage_times(sizes: Sizes) -> dict[str, float]:
         return call()
 
     with pictures(1, sizes.scale) as (images, out), torch.inference_mode():
-        reading = stages.Reading(True, predictor.size, predictor.max_size, raw=False)
+        reading = stages.Reading(True, predictor.size, predictor.max_size, on_device=False)
         found = timed("decode, resize", lambda: stages.decode(images / "000000.jpg", reading))
-        batch = [Pixels(torch.from_numpy(found.pixels), found.size, found.target)] * predictor.batch_size
+        batch = [found] * predictor.batch_size
         samples = timed("normalise into the batch", lambda: predictor._samples(batch))
         best["normalise into the batch"] /= len(batch)
-        outputs = predictor.model(samples, select=predictor.select)
-        kept = outputs["pred_logits"][0, outputs["selected"][0]]
-        masks = outputs["pred_masks"][0]
-        ids, segments = timed("merge", lambda: predictor.merge(masks, kept, found.size, found.target))
-        writing = stages.Writing(out, FORMATS, None, 0, 8)
+        image = predictor.kept(predictor.forward(samples))[:1]
+        merge = partial(predictor.start_merges, image, found.size, [found.size], [found.target])
+        ((ids, segments),) = timed("merge", lambda: merge()())
+        assert ids is not None
+        writing = stages.Writing(out, FORMATS, None, 0, predictor.model.config.num_classes)
         ids = ids.astype(np.uint8)
         encoded = timed("PNG, RLE", lambda: stages.encode("000000.jpg", ids, segments, writing))
         timed("write", lambda: encoded.write(out))
@@ -183,10 +184,10 @@ def with_the_model(sizes: Sizes) -> dict[str, list[float]]:
     """Images a second of the model alone and of `label`, in turn."""
     model = cases.finding_model(sizes.scale.config)
     predictor = KeepsSome(model, device="cpu", size=min(sizes.scale.image), max_size=1333)
-    predictor.kept = sizes.scale.kept
+    predictor.keeps = sizes.scale.kept
     rates: dict[str, list[float]] = {"forward": [], "label": []}
     with pictures(sizes.whole, sizes.scale) as (images, out):
-        prepared = [predictor.prepare(path) for path in sorted(images.iterdir())]
+        prepared = [predictor.prepare(path).pixels for path in sorted(images.iterdir())]
         size = predictor.batch_size
         batches = [prepared[start : start + size] for start in range(0, len(prepared), size)]
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bench import cases, measure
 from detr_fast import ops, reference
 from detr_fast.checkpoint import save_model
-from detr_fast.ops.merge import panoptic_merge
+from detr_fast.postprocess import panoptic_merge
 
 TARGET = cases.REAL.target  # the photograph's, whose segmentation is written
 
@@ -70,9 +70,8 @@ class Panoptic:
         self.kept = cases.keep(cases.KEPT)(torch.empty(1, model.config.num_queries, 1))[0]
 
     def forward(self, step: Step) -> dict[str, Any]:
-        self.model.compute_dtype = None if step.dtype == torch.float32 else step.dtype
         with torch.inference_mode(), step.rules():
-            return self.model(self.image, None if step.kept is None else cases.keep(step.kept))
+            return self.model(self.image, None if step.kept is None else cases.keep(step.kept), step.dtype)
 
     def masks(self, out: dict[str, Any]) -> Tensor:
         """The kept queries' [K,h,w]."""
@@ -82,18 +81,13 @@ class Panoptic:
     def run(self, step: Step) -> Tensor:
         out = self.forward(step)
         scores, labels = out["pred_logits"][0, self.kept].softmax(-1)[:, :-1].max(-1)
-        size = tuple(self.image.shape[-2:])
-        merge = panoptic_merge if step.fast_merge else reference.panoptic_merge
+        masks, size = self.masks(out), (self.image.shape[-2], self.image.shape[-1])
         with torch.inference_mode():
-            return merge(
-                self.masks(out),
-                scores,
-                labels,
-                padded_size=size,
-                processed_size=size,
-                target_size=TARGET,
-                isthing=lambda label: label <= 90,
-            )[0]
+            if not step.fast_merge:
+                things = torch.arange(out["pred_logits"].shape[-1]) <= 90
+                return reference.panoptic_merge(masks, labels, things, size, size, TARGET, merge_for_good=True).ids
+            sizes = {"padded_size": size, "processed_size": size, "target_size": TARGET}
+            return panoptic_merge(masks, scores, labels, **sizes, isthing=lambda label: label <= 90)[0]
 
     def truth(self) -> dict[str, Tensor]:
         self.model.double()

@@ -14,10 +14,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,15 +27,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import measure
 from bench.cases import REAL, Scale
-from bench.gpu_cases import BRAIN, HALF, NAMES, SINGLE, Case, Draw, mask_upsample_case, panoptic_merge_case
-from bench.op_cases import upsampled
+from bench.operations.case import BRAIN, HALF, NAMES, SINGLE, Case, Draw
+from bench.operations.masks import mask_upsample_case, upsampled
+from bench.operations.merge import merged, panoptic_merge_case
 from detr_fast import ops
 from detr_fast.detr.segmentation import build_detr
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
-KERNELS = ("add_layer_norm", "attention", "attention_map", "bias_relu", "group_norm_relu_upsample")
-MASK_KERNELS = ("mask_upsample", "panoptic_merge")
 
 
 class Device(NamedTuple):
@@ -45,26 +43,24 @@ class Device(NamedTuple):
     Attributes:
         flops: a second, by dtype; float32 as TF32 where cuDNN's convolutions compute in it unless told not to.
         bytes: a second.
-        gpu: what `detr_fast.ops` asks about a GPU.
+        gpu: as for `ops.pretend`; None: a CPU.
         source: of the rates.
     """
 
     flops: dict[torch.dtype, float]
     bytes: float
-    gpu: ops.Gpu | None
+    gpu: str | None
     source: str
 
 
 DEVICES = {
-    "v100": Device({SINGLE: 15.7e12, HALF: 125e12}, 900e9, ops.Gpu(False, 80), "NVIDIA V100 SXM2 data sheet"),
-    "t4": Device({SINGLE: 8.1e12, HALF: 65e12}, 320e9, ops.Gpu(False, 40), "NVIDIA T4 data sheet"),
-    "a100": Device(
-        {SINGLE: 156e12, HALF: 312e12, BRAIN: 312e12}, 2039e9, ops.Gpu(True, 108), "NVIDIA A100 80 GB SXM data sheet"
-    ),
+    "v100": Device({SINGLE: 15.7e12, HALF: 125e12}, 900e9, "sm_70", "NVIDIA V100 SXM2 data sheet"),
+    "t4": Device({SINGLE: 8.1e12, HALF: 65e12}, 320e9, "sm_75", "NVIDIA T4 data sheet"),
+    "a100": Device({SINGLE: 156e12, HALF: 312e12, BRAIN: 312e12}, 2039e9, "sm_80", "NVIDIA A100 80 GB SXM data sheet"),
     "h200": Device(
         {SINGLE: 494e12, HALF: 989e12, BRAIN: 989e12},
         4.8e12,
-        ops.Gpu(True, 132),
+        "sm_90",
         "NVIDIA H200 SXM data sheet, without sparsity",
     ),
 }
@@ -156,20 +152,12 @@ class Stages(measure.Tally):
 
 
 @contextmanager
-def pretending(gpu: ops.Gpu | None) -> Iterator[None]:
+def pretending(gpu: str | None) -> Iterator[None]:
     """The choices that `ops` makes on a GPU, or on a CPU, for tensors that hold nothing."""
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch("detr_fast.ops.cache._fingerprint", lambda x: x.untyped_storage()._cdata))
-        if gpu is not None:
-            for name in KERNELS:
-                import_module(f"detr_fast.kernels.{name}")
-            choices = {
-                "uses_kernels": lambda x: x.dtype in ops.KERNEL_DTYPES and not ops.is_plain("kernels"),
-                "gpu": lambda device: gpu,
-                "packs_tokens": lambda padding: False,
-                "_ONEDNN": False,
-            }
-            stack.enter_context(mock.patch.multiple(ops, **choices))
+    with (
+        mock.patch("detr_fast.ops.cache._fingerprint", lambda x: x.untyped_storage()._cdata),
+        nullcontext() if gpu is None else ops.pretend(gpu),
+    ):
         yield
 
 
@@ -191,21 +179,17 @@ def count_plain(scale: Scale, batch: int, dtype: torch.dtype) -> list[Operation]
 
 
 @cache
-def count_ours(scale: Scale, batch: int, dtype: torch.dtype, gpu: ops.Gpu | None) -> list[Operation]:
+def count_ours(scale: Scale, batch: int, dtype: torch.dtype, gpu: str | None) -> list[Operation]:
     """Ours, with the masks of the kept queries, once all that is kept between calls is there."""
     with empty_model(scale) as model, pretending(gpu):
-        model.compute_dtype = dtype
         images = torch.empty(batch, 3, *scale.image)
         owner = torch.arange(batch).repeat_interleave(scale.kept)
 
         def forward() -> None:
-            encoded = model.encode(images)
+            encoded = model.encode(images, dtype)
             model.detr.predict(encoded)
-            queries = encoded["hs"][-1][:, : scale.kept]
-            if gpu is None:
-                model._image_by_image(list(queries), encoded)
-            else:
-                model.masks(queries.flatten(0, 1), owner, encoded)
+            queries = encoded["hs"][-1][:, : scale.kept].flatten(0, 1)
+            model.masks(queries, owner, encoded, [scale.kept] * batch)
 
         return counted(model, forward)
 
@@ -220,19 +204,17 @@ def counted(model: nn.Module, forward: Callable[[], Any]) -> list[Operation]:
 
 
 @cache
-def count_masks(scale: Scale, batch: int, gpu: ops.Gpu | None, ours: bool) -> list[Operation]:
+def count_masks(scale: Scale, batch: int, gpu: str | None, ours: bool) -> list[Operation]:
     """The panoptic merge of the kept queries and, as facebookresearch/detr's PostProcessSegm, the masks of all.
 
     The merge is computed, as it depends on the masks: here on vertical stripes, of which none is too small to stay.
     """
-    for name in MASK_KERNELS:
-        import_module(f"detr_fast.kernels.{name}")
     merge = panoptic_merge_case(scale, batch, scale.kept, merge_for_good=True)
     masks, *others = merge.inputs(Draw(measure.CPU, 0))
     inputs = (stripes(batch, scale.kept, masks.shape[1:]), *others)
     upsampling = mask_upsample_case(scale, batch, scale.queries)
     if gpu is None:
-        merge, upsampling = replace(merge, ours=merge.rivals["detr_fast.merge"]), replace(upsampling, ours=upsampled)
+        merge, upsampling = replace(merge, ours=merged), replace(upsampling, ours=upsampled)
     operations = [*case_operations(MERGE, merge, inputs, ours)]
     with FakeTensorMode(), torch.no_grad():
         empty = (torch.empty(batch * scale.queries, *scale.level(4)), *upsampling.inputs(Draw(measure.CPU, 0))[1:])

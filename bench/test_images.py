@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from bench import cases, definitions
-from bench.gpu_cases import Draw, plain_mask_upsample
+from bench.operations.case import Draw
 from detr_fast import ops, reference
 from detr_fast.evaluation.panoptic_quality import PanopticQuality
 from detr_fast.images import panoptic_png, run_lengths
@@ -91,11 +91,12 @@ def test_panoptic(bench, scale, device, way):
         scores, labels = outputs["pred_logits"][0].softmax(-1).max(-1)
         kept = (labels != 250) & (scores > 0.85)
         masks = outputs["pred_masks"][0, kept]
-        sizes = {"processed_size": scale.image, "target_size": scale.target}
-        ids, segments = reference.upstream_panoptic_merge(
-            masks, scores[kept], labels[kept], isthing=THINGS.__getitem__, **sizes
+        things = torch.tensor([bool(THINGS[label]) for label in range(250)], device=device)
+        merged = reference.panoptic_merge(
+            masks, labels[kept], things, scale.image, scale.image, scale.target, merge_for_good=False
         )
-        return definitions.png(ids.cpu().numpy()), segments
+        classes = labels[kept][merged.segment >= 0].tolist()
+        return definitions.png(merged.ids.cpu().numpy()), [{"category_id": label} for label in classes]
 
     def fast():
         result = PostProcessPanoptic(THINGS)(outputs, [scale.image], [scale.target])[0]
@@ -123,8 +124,8 @@ def test_masks(bench, scale, device, way):
     results = PostProcess()(outputs, targets.to(device))
 
     def plain():
-        arguments = ([scale.queries], list(scale.image), list(scale.image), list(scale.target), 0.5)
-        return plain_mask_upsample(outputs["pred_masks"][0], *arguments).cpu()
+        sizes = (scale.image, scale.image, scale.target)
+        return reference.mask_upsample(outputs["pred_masks"][0], *sizes, 0.5).flatten().cpu()
 
     def fast():
         return PostProcessSegm()([dict(results[0])], outputs, targets, sizes)[0]["masks"].flatten()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench import cases
-from bench.gpu_cases import BRAIN, HALF, SINGLE
 from bench.ladder import transformers_model
+from bench.operations.case import BRAIN, HALF, SINGLE
 from detr_fast import ops
 
 LOW = {"cpu": BRAIN, "cuda": HALF}
@@ -48,7 +48,6 @@ class Subject:
         rules = ops.plain if way == "reference" else nullcontext
 
         def run():
-            self.model.compute_dtype = self.dtype(way) if "low precision" in way else None
             with torch.inference_mode(), rules():
                 return function(self.model)
 
@@ -145,7 +144,7 @@ def test_model(bench, subject, request, way):
         model = request.getfixturevalue("theirs")
         call = torch.inference_mode()(lambda: as_ours(model(image)))
     else:
-        call = subject.call(way, lambda model: model(image, subject.selection(way)))
+        call = subject.call(way, lambda model: model(image, subject.selection(way), dtype))
     check = subject.check(dtype, subject.truth)
     bench(
         "whole model",
@@ -168,7 +167,7 @@ def test_detection(bench, subject, request, way):
         model = request.getfixturevalue("theirs").detr
         call = torch.inference_mode()(lambda: as_ours(model(image)))
     else:
-        call = subject.call(way, lambda model: model.detr(image))
+        call = subject.call(way, lambda model: model.detr(image, dtype))
     check = subject.check(dtype, {name: subject.truth[name] for name in OUTPUTS[:2]})
     ours = way != "transformers"
     bench("detection", way, call, check, shape=subject.shape, dtype=dtype, count=ours, seconds=3, memory=ours)

@@ -7,15 +7,15 @@ import torch
 
 from bench import measure
 from bench.conftest import DEVICE, SCALE
-from bench.gpu_cases import BRAIN, Draw, all_cases, wrong
-from bench.op_cases import op_cases
+from bench.operations import on_cpu, on_gpu
+from bench.operations.case import BRAIN, Draw, wrong
 
 
 def chosen_cases(scale):
     """On a GPU the kernels on a batch, without bfloat16."""
     if DEVICE.type == "cpu":
-        return op_cases(scale)
-    return [case for case in all_cases(scale) if case.batch == scale.batches[1] and case.dtype != BRAIN]
+        return on_cpu(scale)
+    return [case for case in on_gpu(scale) if case.batch == scale.batches[1] and case.dtype != BRAIN]
 
 
 def pytest_generate_tests(metafunc):

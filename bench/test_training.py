@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import cases, definitions
-from bench.gpu_cases import Draw
+from bench.operations.case import Draw
 from detr_fast import ops
 from detr_fast.training.criterion import SetCriterion, forward_matched
 from detr_fast.training.matcher import HungarianMatcher

@@ -32,8 +32,8 @@ class DetrConfig:
         num_classes: classes without the no-object class; `pred_logits` has one more.
         masks: add the panoptic mask head (`DETRsegm`).
         aux_loss: also return the predictions of every decoder layer but the last.
-        image_size, max_image_size: pixels of the short side of the images that it is made for, and the most of their
-            long side. What resizes images follows them; the model itself takes any size.
+        image_size, max_image_size: pixels of the short side, and the most pixels of the long side, of the images that
+            the model was made for. Preprocessing resizes images so; the model itself takes any size.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
@@ -109,8 +109,8 @@ class DetrConfig:
         return dataclasses.replace(self, **changes)
 
 
-# facebookresearch/detr's Torch Hub entry points, whose `num_classes` is COCO's; and the small one that the package
-# brings, for the classes of data/shapes.py.
+# facebookresearch/detr's Torch Hub entry points, with COCO's `num_classes`, and the small bundled model, with the
+# classes of `data.shapes`.
 PRESETS: dict[str, DetrConfig] = {
     "detr_resnet50": DetrConfig(),
     "detr_resnet50_dc5": DetrConfig(dilation=True),

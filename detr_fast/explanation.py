@@ -1,8 +1,7 @@
-"""Why a model found what it found: a figure sheet of an image, with the attention and the mask of each kept query."""
+"""Explanations of a result: a sheet of figures of an image, with the attention and the mask of each kept query."""
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from PIL import Image
 
 from detr_fast import visualize
 from detr_fast.detr.attention import decoder_attention, encoder_attention
-from detr_fast.files import write_atomic
+from detr_fast.files import open_atomic
 from detr_fast.images import ImageSource
 from detr_fast.predictor import PanopticResult, Predictor
 from detr_fast.preprocess import image_to_tensor
@@ -22,15 +21,15 @@ from detr_fast.preprocess import image_to_tensor
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is behind a `PanopticResult` of an image of H x W pixels.
+    """The attention and the masks behind the `PanopticResult` of an image of H x W pixels.
 
     Attributes:
         result: its boxes, scores and labels are those of `queries`, in order.
         queries: int64 [K], the kept object queries.
-        attention: float32 [K, heads, h, w], where each looks: `decoder_attention`.
+        attention: float32 [K, heads, h, w], each query's attention in the decoder: `decoder_attention`.
         masks: float32 [K, H/4, W/4] about, each query's probability of a pixel; None if the model has no mask head.
         points: (x, y) in pixels of the image.
-        point_attention: float32 [P, heads, h, w], where the encoder looks from there: `encoder_attention`.
+        point_attention: float32 [P, heads, h, w], each point's attention in the encoder: `encoder_attention`.
     """
 
     result: PanopticResult
@@ -41,7 +40,7 @@ class Explanation:
     point_attention: np.ndarray
 
     def figures(self) -> Iterator[tuple[str, str, Image.Image]]:
-        """(row, name, picture) for all that there is to see, each picture of the image's size."""
+        """(row, name, picture) of each figure; every picture has the image's size."""
         image, categories = self.result.image, {category["id"]: category for category in self.result.categories}
         yield "the image and what is found in it", "image", image
         yield "the image and what is found in it", "overlay", self.result.overlay()
@@ -93,13 +92,13 @@ class Explanation:
 
 @torch.inference_mode()
 def explain(predictor: Predictor, image: ImageSource, points: Sequence[tuple[int, int]] = ()) -> Explanation:
-    """Finds what is in an image, and what each query that the predictor keeps looks at.
+    """The result of an image, with the attention of each query that the predictor keeps.
 
     Args:
-        points: (x, y), pixels of the upright image whose attention in the encoder is wanted, too.
+        points: (x, y), pixels of the upright image, to explain their attention in the encoder, too.
 
     Raises:
-        ValueError, TypeError: no image, or a point outside of it.
+        ValueError, TypeError: no image, or a point outside the image.
     """
     prepared = predictor.prepare(image)
     picture = prepared.picture
@@ -136,6 +135,5 @@ def check_output(out: str | os.PathLike[str]) -> Path:
 
 
 def _write(path: Path, picture: Image.Image) -> None:
-    data = io.BytesIO()
-    picture.save(data, "PNG")
-    write_atomic(path, data.getvalue())
+    with open_atomic(path) as file:
+        picture.save(file, "PNG")

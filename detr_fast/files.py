@@ -11,28 +11,49 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file, and the folders above it, so that nobody ever sees a part of it under its name."""
-    with open_atomic(path) as file:
-        file.write(data)
-
-
 @contextmanager
-def open_atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes its name, and the place of what had it, when all has gone well."""
+def open_atomic(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the name `path` when its block ends well; an older file of that name stays until
+    then, and for good where the block raises. Missing folders are made.
+
+    Args:
+        durable: the file survives a loss of power from the end of the block on.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if durable:
+        sync(path.parent)
+
+
+def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
+    """Writes bytes to a file with `open_atomic`."""
+    with open_atomic(path, durable=durable) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON with `open_atomic`."""
+    write_atomic(path, json.dumps(value).encode())
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Writes values as lines of JSON with `open_atomic`."""
+    with open_atomic(path) as file:
+        for value in values:
+            file.write(f"{json.dumps(value)}\n".encode())
 
 
 def remove_temporary(folder: Path) -> None:
-    """Removes what `open_atomic` left behind in a process that was killed."""
+    """Removes the unfinished files that a killed process left below a folder."""
     for parent, _, names in os.walk(folder):
         for name in names:
             if name.startswith(".") and name.endswith(".tmp") and len(name) == len(f".{uuid.uuid4().hex}.tmp"):
@@ -46,13 +67,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value).encode())
-
-
-def write_json_lines(path: Path, values: Iterable[Any]) -> None:
-    with open_atomic(path) as file:
-        for value in values:
-            file.write(f"{json.dumps(value)}\n".encode())

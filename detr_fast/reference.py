@@ -116,15 +116,12 @@ def attention_map(q: Tensor, k: Tensor, image: int | Tensor, nheads: int, paddin
     Returns: [N,L,heads]; 0 where all of L is padding.
     """
     dtype = at_least_float32(q.dtype)
-    if isinstance(image, Tensor):
-        maps = [attention_map(q[n : n + 1], k, b, nheads, padding) for n, b in enumerate(image.tolist())]
-        return torch.cat([q.new_empty((0, k.shape[1], nheads), dtype=dtype), *maps])
     queries, keys = (x.to(dtype).unflatten(-1, (nheads, -1)) for x in (q, k[image]))
-    scores = torch.einsum("nhc,lhc->nlh", queries, keys)
+    scores = torch.einsum("nhc,lhc->nlh" if isinstance(image, int) else "nhc,nlhc->nlh", queries, keys)
     if padding is not None:
-        scores = scores.masked_fill(padding[image][:, None], float("-inf"))
+        scores = scores.masked_fill(padding[image].unsqueeze(-1), float("-inf"))
     weights = scores.flatten(1).softmax(-1).view_as(scores)
-    return weights if padding is None else weights.masked_fill(padding[image].all(), 0)
+    return weights if padding is None else weights.masked_fill(padding[image].all(-1)[..., None, None], 0)
 
 
 # ---- normalisation ----

@@ -17,8 +17,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from detr_fast.checkpoint import save_model
-from detr_fast.labeling.pipeline import find_images
-from detr_fast.labeling.writers import png_name
+from detr_fast.labeling.listing import find_images, png_name
 from detr_fast.postprocess import rgb_to_id
 from tiny import tiny_detr
 

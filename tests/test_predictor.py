@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from contract import picture
 from detr_fast.checkpoint import save_model
 from detr_fast.detr.nested import nested_tensor_from_tensor_list
 from detr_fast.postprocess import PostProcessPanoptic, post_process_panoptic_segmentation, rgb_to_id
-from detr_fast.predictor import MODES, Predictor
+from detr_fast.predictor import MODES, PanopticResult, Predictor
 from detr_fast.preprocess import image_to_tensor
 from detr_fast.visualize import draw_segments
 from tiny import tiny_detr
@@ -206,3 +208,65 @@ def test_options_out_of_range_are_named(model: torch.nn.Module, options: dict[st
 def test_what_is_no_image_is_refused(model: torch.nn.Module, images: object) -> None:
     with pytest.raises((ValueError, TypeError, FileNotFoundError)):
         Predictor(model, device="cpu")(images)
+
+
+# ---- from several threads ----
+
+SMALL = {"size": 64, "max_size": 96}
+
+
+def same(one: PanopticResult, other: PanopticResult) -> bool:
+    """Whether two results are equal, to the last bit."""
+    maps = [one.segmentation, other.segmentation]
+    return (
+        (maps[0] is maps[1] is None or np.array_equal(*maps))
+        and one.segments_info == other.segments_info
+        and np.array_equal(one.boxes, other.boxes)
+        and np.array_equal(one.scores, other.scores)
+        and np.array_equal(one.labels, other.labels)
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    return [picture(*[(96, 64), (64, 96), (80, 80)][seed % 3], seed=seed) for seed in range(8)]
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+@pytest.mark.parametrize("masks", [True, False], ids=["panoptic", "detector"])
+def test_any_number_of_threads_may_call_it_at_once(pictures: list[Image.Image], masks: bool, threads: int) -> None:
+    predictor = Predictor(tiny_detr(masks=masks), device="cpu", threshold=0.2, **SMALL)
+    alone = [predictor(image) for image in pictures]
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(predictor, pictures * 10))
+    assert len(results) == 80
+    assert all(same(result, alone[index % 8]) for index, result in enumerate(results))
+
+
+def test_two_streams_at_once_and_in_turn(model: torch.nn.Module, pictures: list[Image.Image]) -> None:
+    predictor = Predictor(model, device="cpu", threshold=0.2, batch_size=2, **SMALL)
+    orders = (pictures, pictures[::-1])
+    alone = [list(predictor.stream(images)) for images in orders]
+    with ThreadPoolExecutor(2) as pool:
+        at_once = list(pool.map(lambda images: list(predictor.stream(images)), orders))
+    in_turn = list(zip(*zip(*(predictor.stream(images) for images in orders), strict=True), strict=True))
+    for results in (at_once, in_turn):
+        assert all(
+            same(*pair)
+            for found, expected in zip(results, alone, strict=True)
+            for pair in zip(found, expected, strict=True)
+        )
+
+
+def test_two_predictors_of_one_model_in_two_dtypes(model: torch.nn.Module, pictures: list[Image.Image]) -> None:
+    predictors = [Predictor(model, device="cpu", threshold=0.2, **SMALL, dtype=dtype) for dtype in ("fp32", "bf16")]
+    alone = [[predictor(image) for image in pictures] for predictor in predictors]
+    assert not all(map(same, *alone))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda index: predictors[index % 2](pictures[index // 2 % 8]), range(80)))
+    assert all(same(result, alone[index % 2][index // 2 % 8]) for index, result in enumerate(results))
+
+
+def test_a_predictor_can_be_pickled(model: torch.nn.Module, pictures: list[Image.Image]) -> None:
+    predictor = Predictor(model, device="cpu", threshold=0.2, **SMALL)
+    assert same(pickle.loads(pickle.dumps(predictor))(pictures[0]), predictor(pictures[0]))

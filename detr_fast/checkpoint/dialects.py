@@ -2,7 +2,7 @@
 
 Our names are facebookresearch/detr's. transformers has others, packs attention projections differently, and has two
 ResNets: its own ("resnet") and timm's ("timm"). Names here leave out the "detr." that comes before all but the mask
-head's parameters in panoptic models; `checkpoint.py` and `prefixed` deal with it.
+head's parameters in panoptic models; `conversion.interpret` and `prefixed` deal with it.
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from detr_fast import postprocess
+from detr_fast.checkpoint.download import hub_file
+from detr_fast.data.layout import panoptic_ids
+from detr_fast.files import write_atomic
 from detr_fast.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from detr_fast.resampling import transformers_resized_size
 
 CONFIG_NAME = "preprocessor_config.json"
-HUB_TIMEOUT = 10  # seconds until a server that does not answer counts as no network
 FORMATS = ("coco_detection", "coco_panoptic")
 LAYOUTS = ("channels_first", "channels_last")
 SIZE_KEYS = ({"shortest_edge", "longest_edge"}, {"height", "width"}, {"max_height", "max_width"})
@@ -57,7 +59,7 @@ class BatchFeature(dict):
 
 
 class DetrImageProcessor:
-    """Images, and COCO annotations with them, to what `DetrForObjectDetection` and `DetrForSegmentation` take.
+    """Images, with or without COCO annotations -> inputs of `DetrForObjectDetection` and `DetrForSegmentation`.
 
     Options and defaults are those of transformers' DetrImageProcessor, and so are the results, which its PIL processor
     (image_processing_pil_detr.py of 5.23, image_processing_detr.py of 4.57) gives bit for bit. Beyond it, images that
@@ -71,14 +73,14 @@ class DetrImageProcessor:
         resample: a `PIL.Image.Resampling`.
         do_rescale, rescale_factor: multiply pixels by the factor.
         do_normalize, image_mean, image_std: subtract the mean, divide by the standard deviation; one number, or three.
-        do_convert_annotations: boxes as (cx, cy, w, h) in [0, 1]; by default what `do_normalize` is.
+        do_convert_annotations: boxes as (cx, cy, w, h) in [0, 1]; by default as `do_normalize`.
         do_pad: pad at the right and bottom with zeros, after normalising, to the batch's largest size or to `pad_size`.
         pad_size: {"height", "width"}.
         max_size: the longest edge that goes with an int `size`; 1333 by default.
         pad_and_return_pixel_mask: `do_pad`'s old name.
 
     Raises:
-        ValueError, TypeError: an option out of what is accepted; the message names it.
+        ValueError, TypeError: an option with a value that is not accepted; the message names it.
     """
 
     model_input_names = ["pixel_values", "pixel_mask"]
@@ -124,7 +126,7 @@ class DetrImageProcessor:
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> DetrImageProcessor:
         """The options in preprocessor_config.json of a folder, beside a checkpoint file, or of a hub id.
 
-        Defaults where there is no such file; a .json file is read itself. `options` override what is read; `revision`,
+        Defaults where there is no such file; a .json file is read itself. `options` override the file's; `revision`,
         `token`, `cache_dir`, `local_files_only` and `force_download` are passed to the hub.
 
         Raises:
@@ -141,7 +143,7 @@ class DetrImageProcessor:
         elif path.is_file():
             file = path if path.suffix == ".json" else path.with_name(CONFIG_NAME)
         else:
-            file = _download(os.fspath(name_or_path), hub_options)
+            file = hub_file(os.fspath(name_or_path), CONFIG_NAME, **hub_options)
         known = vars(DetrImageProcessor()).keys() | {"max_size", "pad_and_return_pixel_mask"}
         stored = _read_json(file) if file is not None and file.is_file() else {}
         return cls(**{**{key: value for key, value in stored.items() if key in known and value is not None}, **options})
@@ -149,8 +151,7 @@ class DetrImageProcessor:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes preprocessor_config.json, which `from_pretrained` reads, transformers' too."""
         file = Path(folder) / CONFIG_NAME
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_atomic(file, (json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n").encode())
 
     def to_dict(self) -> dict[str, Any]:
         """Every option, in types that JSON has."""
@@ -280,7 +281,7 @@ class DetrImageProcessor:
         return int(width * scale), int(height * scale)
 
     def _scale(self, picture: Image.Image | np.ndarray) -> np.ndarray:
-        """Rescales and normalises to [3, H, W]; 8-bit pixels through a table of what their 256 values become."""
+        """Rescales and normalises to [3, H, W]; 8-bit pixels through a table of the results for their 256 values."""
         if isinstance(picture, np.ndarray):
             return self._scale_values(picture)
         table = self._scale_values(np.tile(np.arange(256, dtype=np.uint8), (3, 1)))
@@ -397,29 +398,6 @@ def _per_channel(name: str, values: float | Sequence[float]) -> list[float]:
     if len(channels) != 3:
         raise ValueError(f"{name} must be one number or three, got {values!r}")
     return channels
-
-
-def _download(repo_id: str, hub_options: dict[str, Any]) -> Path | None:
-    """preprocessor_config.json of a hub id, None if the repository has none."""
-    # imported here because it takes longer than the rest of the package together
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    where = {key: hub_options[key] for key in ("revision", "cache_dir") if key in hub_options}
-    try:
-        cached = try_to_load_from_cache(repo_id, CONFIG_NAME, **where)
-        if cached is None and not hub_options.get("local_files_only"):
-            # one request without the retries of a download shows within seconds that there is no network
-            url = hf_hub_url(repo_id, CONFIG_NAME, revision=hub_options.get("revision"))
-            get_hf_file_metadata(url, token=hub_options.get("token"), timeout=HUB_TIMEOUT)
-        if isinstance(cached, str) and not hub_options.get("force_download"):
-            return Path(cached)
-        return Path(hf_hub_download(repo_id, CONFIG_NAME, **hub_options))
-    except Exception as error:  # the hub's HTTP library, and with it its errors, differs between versions
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{repo_id}: no such folder or file, and not to be had from the hub: {reason}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -570,9 +548,8 @@ def _panoptic_target(name: str, segments: Sequence[dict[str, Any]], png: Path, s
     picture = read_image(png, exif=False)
     if _size_of(picture) != size:
         raise ValueError(f"{png}: must be as large as its image, {size[0]} x {size[1]}, got {_size_of(picture)}")
-    red, green, blue = np.moveaxis(np.asarray(picture, dtype=np.int64), -1, 0)
     ids = np.array([segment["id"] for segment in segments], dtype=np.int64)
-    masks = ((red + 256 * green + 65536 * blue) == ids[:, None, None]).astype(np.uint8)
+    masks = (panoptic_ids(picture) == ids[:, None, None]).astype(np.uint8)
     empty = [int(i) for i, found in zip(ids, masks.any(axis=(1, 2)), strict=True) if not found]
     if empty:
         raise ValueError(f"{png}: has no pixels of the segments {empty} of {name}")

@@ -42,7 +42,7 @@ class ModelOutput(Mapping[str, Any]):
 
 @dataclasses.dataclass(eq=False)
 class DetrObjectDetectionOutput(ModelOutput):
-    """What `DetrForObjectDetection` returns; transformers' fields in transformers' order.
+    """The output of `DetrForObjectDetection`: transformers' fields in transformers' order.
 
     Attributes:
         logits: [B,Q,num_labels+1], the last class being no-object.
@@ -63,7 +63,7 @@ class DetrObjectDetectionOutput(ModelOutput):
 
 @dataclasses.dataclass(eq=False)
 class DetrSegmentationOutput(ModelOutput):
-    """What `DetrForSegmentation` returns: `DetrObjectDetectionOutput`'s fields and pred_masks.
+    """The output of `DetrForSegmentation`: `DetrObjectDetectionOutput`'s fields and pred_masks.
 
     Attributes:
         pred_masks: logits [B,Q,h,w] at stride 4.
@@ -87,7 +87,7 @@ class TransformersConfig(SimpleNamespace):
 
 
 class DetrPreTrainedModel(nn.Module):
-    """What the two models have in common.
+    """The base of the two models.
 
     Args:
         detr: a detr_fast model, which this one holds and calls.

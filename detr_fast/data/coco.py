@@ -15,21 +15,20 @@ from torch.utils.data import Dataset
 
 from detr_fast.categories import COCO_PANOPTIC, Category, palette_color
 from detr_fast.data import transforms as T
-from detr_fast.data.layout import Split, find_split, read_annotations
+from detr_fast.data.layout import Split, find_split, panoptic_ids, read_annotations
 from detr_fast.data.transforms import Target
 from detr_fast.images import IMAGENET_MEAN, IMAGENET_STD, read_image
-from detr_fast.postprocess import rgb_to_id
 
 LARGEST = 1e9  # of a coordinate or an area
 MAX_CATEGORY = 65535  # `DetrConfig.num_classes` is at most one more
 
 
 class AnnotationError(ValueError):
-    """An image, or what is said of it, cannot be used; the message names the file."""
+    """An image or its annotation cannot be used; the message names the file."""
 
 
 class Sample(NamedTuple):
-    """An image as read, its target in pixels, and what was wrong with annotations that were therefore left out."""
+    """An image as read, its target in pixels, and the faults of the annotations that were left out."""
 
     image: Image.Image
     target: Target
@@ -45,12 +44,12 @@ class _Record(NamedTuple):
 
 
 class CocoDataset(Dataset):
-    """What both kinds share. Targets are facebookresearch/detr's: a dict with
+    """The base of both kinds. Targets are facebookresearch/detr's: a dict with
 
     - "boxes" float32 [N,4]: x0, y0, x1, y1 in pixels, as the transforms take them; (cx, cy, w, h) in [0,1] after
       `transforms.Normalize`;
     - "labels" int64 [N]: category ids, which are the model's class indices;
-    - "masks" bool [N,H,W], if asked for;
+    - "masks" bool [N,H,W], with `masks=True`;
     - "area" float32 [N] in pixels, "iscrowd" int64 [N], all 0: crowds are left out, and so are empty boxes and masks;
     - "image_id" int64 [1], "orig_size" and "size" int64 [2]: (height, width).
 
@@ -64,7 +63,7 @@ class CocoDataset(Dataset):
     Attributes:
         categories: dicts with "id", "name", "isthing" and "color".
         num_classes: the largest category id and 1; 250 for COCO's panoptic categories, as upstream.
-        problems: a line for each bad annotation found in the JSON. What is only seen when an image is read is in
+        problems: a line for each bad annotation found in the JSON. Faults that show only when an image is read are in
             `read`'s sample, or raised.
 
     Raises:
@@ -111,7 +110,7 @@ class CocoDataset(Dataset):
         return self.transformed(sample)
 
     def transformed(self, sample: Sample) -> tuple[Any, Target]:
-        """What `transforms` make of a sample, with masks only where they were asked for."""
+        """A sample after `transforms`: (image, target), the target without masks if `masks` is False."""
         image, target = self.transforms(sample.image, sample.target) if self.transforms else sample[:2]
         return image, target if self.masks else {key: value for key, value in target.items() if key != "masks"}
 
@@ -160,7 +159,7 @@ class CocoDataset(Dataset):
         return dict(sorted(images.items()))
 
     def _fault(self, entry: Any) -> str | None:
-        """What is wrong with an object's category, if anything."""
+        """The fault of an object's entry, None for a usable one."""
         if not isinstance(entry, dict):
             return f"an object is {type(entry).__name__}, not a dict"
         if type(entry.get("category_id")) is not int or entry["category_id"] not in self._ids:
@@ -275,14 +274,14 @@ class CocoPanoptic(CocoDataset):
         assert self.split.panoptic_pngs is not None
         path = self.split.panoptic_pngs / record.png
         try:
-            ids = rgb_to_id(np.asarray(read_image(path, exif=False)))
+            ids = panoptic_ids(read_image(path, exif=False))
         except (OSError, ValueError) as error:
             raise AnnotationError(str(error)) from error
         size = (record.image["width"], record.image["height"])
         if ids.shape[::-1] != size:
             raise AnnotationError(f"{path}: {_times(ids.shape[::-1])}, but the image has {_times(size)}")
         objects = [info for info in record.objects if not info.get("iscrowd", 0)]
-        segments = np.array([info["id"] for info in objects], dtype=np.int32)
+        segments = np.array([info["id"] for info in objects], dtype=np.uint32)
         masks = ids == segments[:, None, None]
         areas = [int(np.count_nonzero(mask)) for mask in masks]
         problems += [
@@ -337,7 +336,7 @@ def training_transforms(size: int = 800, max_size: int = 1333, augment: str = "p
 
 
 def fit_to_masks(image: Any, target: Target) -> tuple[Any, Target]:
-    """After a crop: the tight boxes of what is left of the masks, where an object's box was merely cut."""
+    """After a crop: tight boxes of the remaining masks; the crop itself only cuts an object's box."""
     if "masks" not in target:
         return image, target
     return image, drop_empty({**target, "boxes": mask_boxes(target["masks"])})

@@ -1,4 +1,4 @@
-"""Where the files of a data set are."""
+"""The files of a data set: where they are, and how to read annotations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ def find_split(folder: str | os.PathLike[str], split: str | None = None) -> Spli
         split: such as "train2017"; None for a data set without splits, and for "val2017" of one that has them.
 
     Raises:
-        ValueError: the folder, or a part of the layout, is missing, or the data set has no splits and one is asked for;
-            the message names it.
+        ValueError: the folder, or a part of the layout, is missing, or the data set has no splits and `split`
+            is given; the message names it.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -71,12 +74,25 @@ def _split(images: Path, instances_json: Path, panoptic_json: Path, pngs: list[P
     raise ValueError(f"no folder {pngs[0]}: {hint}")
 
 
+def panoptic_ids(picture: Image.Image) -> np.ndarray:
+    """The segment ids of a panoptic PNG, R + 256 G + 65536 B.
+
+    Args:
+        picture: mode RGB or RGBA, of H x W pixels.
+
+    Returns:
+        uint32 [H, W].
+    """
+    pixels = picture.tobytes("raw", "RGBX" if picture.mode == "RGB" else "RGBA")  # 4 bytes a pixel: one integer
+    return np.frombuffer(pixels, "<u4").reshape(picture.height, picture.width) & 0xFFFFFF
+
+
 def read_annotations(path: Path) -> dict[str, Any]:
-    """What a COCO JSON holds; "images", "annotations" and "categories" are lists of objects, each with an "id" or, in
-    panoptic annotations, an "image_id".
+    """The contents of a COCO JSON: "images", "annotations" and "categories" are lists of objects, each with an "id" or,
+    in panoptic annotations, an "image_id".
 
     Raises:
-        ValueError: something else; the message names the file and the fault.
+        ValueError: the file is not such a JSON; the message names the file and the fault.
         OSError: the file cannot be read.
     """
     try:

@@ -24,8 +24,8 @@ from pycocotools import mask as coco_mask
 from scipy import special
 from tqdm import tqdm
 
-import detr_fast
-from detr_fast.files import write_json
+from detr_fast import __version__
+from detr_fast.files import open_atomic, write_json
 
 THINGS = ("disc", "square", "triangle", "star", "cross", "ring", "crescent", "heart")
 STUFF = ("sky", "mountain", "grass", "sand", "water", "pavement")
@@ -65,10 +65,13 @@ TILE = 512  # side of the textures, which repeat; a power of two
 LEVELS = 256
 CHUNK = 32  # images a worker makes at a time
 
+_Part = tuple[Path, int, tuple[int, int], range]  # folder, seed, (height, width) and the images' indices
+_Annotations = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # panoptic, and of instances
+
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it.
+    """A picture and its segments.
 
     Attributes:
         image: uint8 [H, W, 3], RGB.
@@ -170,9 +173,16 @@ def write_dataset(
     for name in ("images", "panoptic"):
         (out / name).mkdir(parents=True)
 
+    parts = [(out, seed, size, range(start, min(start + CHUNK, images))) for start in range(0, images, CHUNK)]
+    with tqdm(total=images, unit="image", disable=not progress) as bar:
+        annotations, instances = _write_parts(parts, workers, bar)
+    _write_annotations(out, images, seed, size, annotations, instances)
+
+
+def _write_parts(parts: list[_Part], workers: int, bar: tqdm) -> _Annotations:
+    """Writes the images of all parts; their panoptic and instance annotations, in order."""
     annotations: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
-    parts = [(out, seed, size, range(start, min(start + CHUNK, images))) for start in range(0, images, CHUNK)]
     pool = None
     if workers > 1:
         # the parent alone answers Ctrl-C, so that the workers print nothing
@@ -181,21 +191,31 @@ def write_dataset(
         pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore)
     try:
         done = pool.map(_write_part, parts) if pool else map(_write_part, parts)
-        with tqdm(total=images, unit="image", disable=not progress) as bar:
-            for part_annotations, part_instances in done:
-                annotations += part_annotations
-                instances += part_instances
-                bar.update(len(part_annotations))
+        for part_annotations, part_instances in done:
+            annotations += part_annotations
+            instances += part_instances
+            bar.update(len(part_annotations))
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
+    return annotations, instances
 
+
+def _write_annotations(
+    out: Path,
+    images: int,
+    seed: int,
+    size: tuple[int, int],
+    annotations: list[dict[str, Any]],
+    instances: list[dict[str, Any]],
+) -> None:
+    """Writes panoptic.json and instances.json."""
     height, width = size
     records = [
         {"id": index + 1, "file_name": f"{index + 1:06d}.jpg", "width": width, "height": height}
         for index in range(images)
     ]
-    info = {"description": f"synthetic shapes, seed {seed}", "version": detr_fast.__version__}
+    info = {"description": f"synthetic shapes, seed {seed}", "version": __version__}
     things = [{key: c[key] for key in ("id", "name", "supercategory")} for c in CATEGORIES if c["isthing"]]
     instances = [{"id": number, **instance} for number, instance in enumerate(instances, start=1)]
     for name, found, categories in (("panoptic", annotations, CATEGORIES), ("instances", instances, things)):
@@ -203,18 +223,18 @@ def write_dataset(
         write_json(out / f"{name}.json", content)
 
 
-def _write_part(
-    part: tuple[Path, int, tuple[int, int], range],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Writes some images; their panoptic and instance annotations."""
+def _write_part(part: _Part) -> _Annotations:
+    """Writes the images of one part; their panoptic and instance annotations."""
     out, seed, size, indices = part
     annotations, instances = [], []
     for index in indices:
         scene, image_id, name = render(seed, index, size), index + 1, f"{index + 1:06d}"
-        Image.fromarray(scene.image).save(out / "images" / f"{name}.jpg", quality=scene.jpeg_quality)
+        with open_atomic(out / "images" / f"{name}.jpg") as file:
+            Image.fromarray(scene.image).save(file, "JPEG", quality=scene.jpeg_quality)
         # ids stay below 256, so red holds all of them
         red, empty = Image.fromarray(scene.ids.astype(np.uint8)), Image.new("L", (size[1], size[0]))
-        Image.merge("RGB", (red, empty, empty)).save(out / "panoptic" / f"{name}.png", compress_level=3)
+        with open_atomic(out / "panoptic" / f"{name}.png") as file:
+            Image.merge("RGB", (red, empty, empty)).save(file, "PNG", compress_level=3)
         annotations.append({"image_id": image_id, "file_name": f"{name}.png", "segments_info": scene.segments})
         columns = np.ascontiguousarray(scene.ids.T)
         for segment in scene.segments:
@@ -571,7 +591,7 @@ def _pattern(rng: np.random.Generator, thing: _Thing) -> np.ndarray:
 
 
 def _expose(rng: np.random.Generator, image: np.ndarray, light: _Light) -> np.ndarray:
-    """What a camera makes of it, with noise: uint8 [H, W, 3]."""
+    """The scene as a camera's photograph, with noise: uint8 [H, W, 3]."""
     image *= light.color[:, None, None]
     noise = _normal() * np.float32(rng.uniform(1, 9))
     image += noise.take(rng.integers(0, LEVELS, image.shape, np.uint8))

@@ -3,7 +3,7 @@
 Same names, results and use of random numbers as facebookresearch/detr's datasets/transforms.py: seeded alike
 (`random` and torch), both give the same images and targets.
 
-A target is a dict; what is known here is "boxes" float32 [N, 4] (x0, y0, x1, y1 in pixels), "masks" bool or uint8
+A target is a dict. The transforms change its "boxes" float32 [N, 4] (x0, y0, x1, y1 in pixels), "masks" bool or uint8
 [N, H, W], "labels", "area" and "iscrowd" [N], and "size" [2] (height, width). Other keys pass through. Targets are
 never changed in place.
 """
@@ -28,7 +28,7 @@ Region = tuple[int, int, int, int]
 
 
 def crop(image: Image.Image, target: Target, region: Region) -> tuple[Image.Image, Target]:
-    """Cuts out `region` = (top, left, height, width); what it reaches beyond the image is black.
+    """Cuts out `region` = (top, left, height, width); pixels of the region beyond the image are black.
 
     Objects that lose their whole box, or without boxes their whole mask, are removed. With boxes, "area" becomes the
     area of the cut box.
@@ -121,7 +121,7 @@ class Compose:
 
 
 def _random_region(image: Image.Image, height: int, width: int) -> Region:
-    """Where a crop of height x width falls; draws from torch what torchvision's RandomCrop.get_params draws."""
+    """A place for a crop of height x width, from the random numbers of torchvision's RandomCrop.get_params."""
     if height > image.height or width > image.width:
         raise ValueError(
             f"crop size {height} x {width} must not be larger than the image, {image.height} x {image.width}"

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 # in the order of COCOeval.stats
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-# all that COCOeval.accumulate reads of what COCOeval.evaluate finds in an image
+# the fields of COCOeval.evaluate's finding in an image that COCOeval.accumulate reads
 KEPT = ("dtScores", "dtMatches", "dtIgnore", "gtIgnore")
 
 
@@ -23,7 +23,7 @@ class AveragePrecision:
     """COCO's average precision and recall; equal to pycocotools' for all images at once, without holding all results.
 
     Args:
-        instances: COCO's format for detection, "annotations" and "categories"; as `read_instances` checks it.
+        instances: COCO's format for detection, "annotations" and "categories"; as `check_instances` returns it.
         iou_type: "bbox" or "segm".
     """
 
@@ -36,12 +36,12 @@ class AveragePrecision:
         self._found: dict[int, list[dict[str, np.ndarray] | None]] = {}  # of each image, by category, then area range
 
     def add(self, image: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
-        """Matches what was found in an image.
+        """Matches the results of an image with its truth.
 
         Args:
             image: its record in COCO's format, with "id", "width" and "height".
             results: COCO results: "category_id", "score", and "bbox" (x, y, width, height) or "segmentation" (RLE),
-                whichever `iou_type` asks for. Of other categories than the truth's nothing counts.
+                by `iou_type`. Results of categories that the truth does not list do not count.
         """
         truth = _coco([image], self._truth[image["id"]], self._categories)
         with _silent():
@@ -76,7 +76,7 @@ class AveragePrecision:
 
 
 def check_instances(instances: Mapping[str, Any], image_ids: Container[int], where: str) -> dict[str, Any]:
-    """What is to be found in some images: annotations numbered from 1, segmentations as RLE if all of them have one.
+    """The true objects of some images: annotations numbered from 1, segmentations as RLE if all of them have one.
 
     pycocotools takes a match with the annotation of id 0 for none, hence the numbers.
 

@@ -69,7 +69,7 @@ def evaluate(
         progress: show a progress bar on stderr.
 
     Returns:
-        What JSON can hold. "images", how many; "seconds"; "notes", lines on what is not scored and why. "bbox" and,
+        A dict for JSON. "images", their number; "seconds"; "notes", a line for each missing score and why. "bbox" and,
         with a mask head, "segm": `AveragePrecision.summary`. With a mask head "panoptic": "PQ", "SQ" and "RQ" of all
         categories, "All", "Things" and "Stuff" with the same and "n", the categories that occur, and "per_class" with
         "name", the same, "tp", "fp" and "fn" by category id as a string. AP, AR, PQ, SQ and RQ are in percent; an AP is
@@ -77,7 +77,7 @@ def evaluate(
 
     Raises:
         TypeError: `model` is none.
-        ValueError: an argument is out of range, or what `GroundTruth.read` and `GroundTruth.read_image` raise.
+        ValueError: an argument is out of range, or as `GroundTruth.read` and `GroundTruth.read_image`.
     """
     if batch_size < 1 or (size is not None and size < 1):
         raise ValueError(f"batch_size and size must be at least 1, got {batch_size} and {size}")
@@ -138,7 +138,7 @@ class _Sample:
 
 
 def _read_ahead(records: Iterable[Any], read: Callable[[Any], T], batch_size: int) -> Iterator[T]:
-    """What `read` makes of each record, in order, some of them ahead of time in threads."""
+    """`read(record)` of each record, in order, some of them ahead of time in threads."""
     waiting: deque[Future[T]] = deque()
     pool = ThreadPoolExecutor(READERS)
     try:
@@ -163,7 +163,7 @@ def _batches(samples: Iterator[_Sample], batch_size: int, padded: bool) -> Itera
 
 
 class _Scores:
-    """What a predictor found in the images so far, against the truth."""
+    """The scores of a predictor on the images so far."""
 
     def __init__(self, predictor: Predictor, truth: GroundTruth) -> None:
         if truth.instances is None and not predictor.panoptic:
@@ -313,7 +313,7 @@ def _renamed(predictor: Predictor, truth: GroundTruth) -> list[str]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """What `evaluate` returns, for people to read."""
+    """The result of `evaluate` as a table for people."""
     lines = [_row("", METRICS)] if "bbox" in report else []
     lines += [_row(kind, [report[kind][name] for name in METRICS]) for kind in ("bbox", "segm") if kind in report]
     panoptic = report.get("panoptic")

@@ -1,4 +1,4 @@
-"""What is to be found in the images of a data set."""
+"""The true objects and segments of a data set's images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEGMENT_KEYS = {"id", "category_id", "area", "iscrowd"}
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What is to be found in the images of a data set.
+    """The true objects and segments of a data set's images.
 
     Attributes:
         split: where its files are.
@@ -27,7 +27,7 @@ class GroundTruth:
         instances: as `check_instances` gives them, None where there are none.
         panoptic: the panoptic annotation of each image id, None where there are none.
         panoptic_categories: dicts with "id", "name" and "isthing"; empty where `panoptic` is None.
-        notes: what is missing or left out, a line each.
+        notes: a line for each thing that is missing or left out.
     """
 
     split: Split

@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from detr_fast.data.layout import panoptic_ids
+
 VOID = 0
 ID_BITS = 24
 ID_MASK = (1 << ID_BITS) - 1
@@ -46,7 +48,7 @@ def panoptic_quality(
     crowds of one category in an image the last counts.
 
     Args:
-        gt_json, pred_json: path of a panoptic JSON, or what it holds. Of the predictions' only "annotations" is read;
+        gt_json, pred_json: path of a panoptic JSON, or its contents. Of the predictions' only "annotations" is read;
             those of images without ground truth are ignored.
         gt_folder, pred_folder: where their PNGs are (id = R + 256 G + 65536 B, 0 = void unless the JSON lists it).
         progress: show a progress bar on stderr.
@@ -100,7 +102,7 @@ class PanopticQuality:
 
     Attributes:
         counts: of each category the sum of matched IoUs, true positives, false positives and false negatives, float64
-            [4, categories]. Add to it what `count` returns.
+            [4, categories]. Add the result of `count` to it.
     """
 
     def __init__(self, categories: Iterable[Mapping[str, Any]]) -> None:
@@ -112,7 +114,7 @@ class PanopticQuality:
     def count(
         self, truth: Mapping[str, Any], prediction: Mapping[str, Any], gt_ids: np.ndarray, pred_ids: np.ndarray
     ) -> np.ndarray:
-        """What one image adds to `counts`.
+        """The counts of one image, to add to `counts`.
 
         Args:
             truth, prediction: annotations with "segments_info"; the truth's with "image_id" too.
@@ -124,7 +126,7 @@ class PanopticQuality:
         return _count_image(truth, prediction, gt_ids, pred_ids, self._column)
 
     def summary(self) -> dict[str, Any]:
-        """What `panoptic_quality` returns."""
+        """The result of `panoptic_quality` from the counts so far."""
         return _summary(self.counts, self._categories, self._isthing)
 
 
@@ -232,8 +234,7 @@ def read_ids(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         if image.mode not in ("RGB", "RGBA"):
             raise PanopticFormatError(f"{path}: a panoptic PNG must be RGB, got mode {image.mode}")
-        pixels = image.tobytes("raw", "RGBX" if image.mode == "RGB" else "RGBA")  # 4 bytes a pixel: one integer
-        return np.frombuffer(pixels, "<u4").reshape(image.height, image.width) & ID_MASK
+        return panoptic_ids(image)
 
 
 def _segments(annotation: Mapping[str, Any], where: str, column: dict[int, int]) -> tuple[dict[int, int], np.ndarray]:

@@ -2,7 +2,7 @@
 
 zlib looks at each byte, which takes most of the time that an image's labels take to write, though of the 922,080 bytes
 of a 640 x 480 panoptic PNG, stored as differences to the row above, all but a few thousand are 0. Here nothing is done
-for these. What is found are runs of zeros and equal neighbours; Huffman's codes are fixed beforehand, for maps of
+for these. It finds runs of zeros and equal neighbours; Huffman's codes are fixed beforehand, for maps of
 segments, in which small differences and the longest runs are most frequent.
 
 Source: RFC 1950 (zlib), RFC 1951 (DEFLATE).
@@ -48,7 +48,7 @@ def zlib_stream(places: np.ndarray, values: np.ndarray, size: int) -> bytes:
 
     Args:
         places: where they are not 0, int64 [N], rising; the first is 0.
-        values: what they are there, uint8 [N].
+        values: the bytes at these places, uint8 [N].
         size: how many bytes there are.
     """
     total = 1 + int(values.sum(dtype=np.int64))

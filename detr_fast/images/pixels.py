@@ -44,7 +44,7 @@ class Pixels:
 def prepare(
     picture: Image.Image, size: int, max_size: int, on_device: bool, allocate: Callable[..., np.ndarray] = np.empty
 ) -> Pixels:
-    """What is sent to the model of an RGB picture; the only place that decides where a picture is resized.
+    """The pixels of an RGB picture that go to the model; the only place that decides where a picture is resized.
 
     Args:
         size, max_size: as for `resized_size`.
@@ -107,7 +107,7 @@ def pixels_of(picture: Image.Image, allocate: Callable[..., np.ndarray] = np.emp
 
 
 def normalise(pixels: np.ndarray, out: np.ndarray) -> None:
-    """Writes what `resized_for_normalise` gives, uint8 [at most h, w, 3], normalised by ImageNet's mean and std, to
+    """Writes pixels of `resized_for_normalise`, uint8 [at most h, w, 3], normalised by ImageNet's mean and std, to
     float32 [h, w, 3]; both contiguous. Bit for bit `preprocess.image_to_tensor`, in another order in memory.
 
     Some rows at a time, so that they stay in the cache, and with a mean and std for each value of a row, as NumPy is

@@ -1,11 +1,11 @@
 """Labeling on Ray Data, which takes the stages to all machines of a cluster.
 
-    names -> decode and resize -> batches of one shape, model, merge -> encode, write, sync -> manifest
-             (tasks)              (actors)                              (tasks)                (this process)
+    names -> decode and resize -> batches of one size, model, merge -> encode, write, sync -> manifest
+             (tasks)              (actors)                             (tasks)                (this process)
 
-Every machine reads the folder of images and writes the output folder under the same paths. What goes from stage to
-stage are Arrow tables with one row an image: its name and what the last stage made of it, pickled. Ray holds a bounded
-number of them in its object store. Tasks do not import torch.
+Every machine reads the folder of images and writes the output folder under the same paths. Arrow tables go from stage
+to stage, with one row an image: its name and the last stage's value, pickled. Ray holds a bounded number of tables in
+its object store. Tasks do not import torch.
 """
 
 from __future__ import annotations
@@ -24,31 +24,38 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from detr_fast.images import Pixels
 from detr_fast.labeling import stages
 from detr_fast.labeling.interrupt import Interrupted
-from detr_fast.labeling.labeler import Labeler
 from detr_fast.labeling.ray_session import connected, plain_errors, quiet
-from detr_fast.labeling.stages import Decoded, Reading, Writing
+from detr_fast.labeling.stages import Found, Reading, Slot, Writing, batches_of_one_size
 from detr_fast.labeling.workers import SharedMemory, WorkerDied, WorkerPool, portable
 
 if TYPE_CHECKING:
-    from detr_fast.labeling.engines import Slot
+    from detr_fast.labeling.local import Job
 
-# What an actor takes without a GPU. It is not 0, for machines that have no CPU to give, and not 1, as reading takes, or
-# Ray Data would let the actor read, too.
+# The CPUs of an actor without a GPU: more than 0, for machines that have no CPU to give, and less than 1, as reading
+# takes, or Ray Data would let the actor read, too.
 MODEL_CPUS = 0.5
-WINDOW_BATCHES = 4  # an actor is given so many batches of images at once, of which those of one shape share a batch
+WINDOW_BATCHES = 4  # an actor is given so many batches of images at once, of which images of one size share a batch
 
 
-class ClusterLabeler(Labeler):
+class ClusterEngine:
     """Takes images from the disk through the model and back to it, on all machines of a Ray cluster.
 
     The model runs in an actor for each GPU of the cluster if the predictor's device is one, otherwise in one for each
     machine.
     """
 
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._failed = 0
+
     def run(self, files: Sequence[str], hopeless: dict[str, str]) -> None:
-        """Labels the images, except for those that are known to fail, and records all in the manifest.
+        """Labels images and records them all in the manifest.
+
+        Args:
+            hopeless: the images that are known to fail, with the reason.
 
         Raises:
             RuntimeError: Ray cannot be started or reached, its cluster lacks what the model needs, or it gives up.
@@ -60,29 +67,31 @@ class ClusterLabeler(Labeler):
         with (
             suppress(Interrupted),
             quiet(),
-            connected(self._interrupt),
+            connected(self._job.interrupt),
             plain_errors(),
             closing(self._results(files)) as tables,  # before Ray ends, which closing them would start anew
         ):
             missing = len(files)
-            while missing and self._interrupt.number is None:
-                with self._interrupt.computing(grace=0.01):
+            while missing and self._job.interrupt.number is None:
+                with self._job.interrupt.computing(grace=0.01):
                     table = next(tables, None)
                 if table is None:  # a DataContext of the caller's may let Ray drop what its workers die over
                     raise RuntimeError(f"Ray gave no result for {missing} of {len(files)} images")
                 missing -= self._record(_rows(table))
 
     def _results(self, files: Sequence[str]) -> Generator[pa.Table, None, None]:
-        """Rows of (file, record for the manifest, or what a stage raised)."""
-        from detr_fast.labeling.engines import slot_bytes
+        """Rows of (file, record for the manifest, or the exception of a stage)."""
+        from detr_fast.labeling.model import slot_bytes
 
-        on_gpu = self._predictor.device.type == "cuda"
-        window = WINDOW_BATCHES * self._predictor.batch_size
-        place = slot_bytes(self._predictor)
+        on_gpu = self._job.predictor.device.type == "cuda"
+        window = WINDOW_BATCHES * self._job.predictor.batch_size
+        place = slot_bytes(self._job.predictor)
         names = [_table((file, None) for file in files[k : k + window]) for k in range(0, len(files), window)]
         dataset = (
             ray.data.from_arrow(names)
-            .map_batches(partial(_decode, self._images, self._reading, place), batch_size=None, batch_format="pyarrow")
+            .map_batches(
+                partial(_decode, self._job.images, self._job.reading, place), batch_size=None, batch_format="pyarrow"
+            )
             .map_batches(
                 _Model,
                 batch_size=window,
@@ -92,7 +101,7 @@ class ClusterLabeler(Labeler):
                 num_cpus=0 if on_gpu else MODEL_CPUS,
                 num_gpus=1 if on_gpu else None,
             )
-            .map_batches(partial(_write, self._writing, place), batch_size=None, batch_format="pyarrow")
+            .map_batches(partial(_write, self._job.writing, place), batch_size=None, batch_format="pyarrow")
         )
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
@@ -100,21 +109,21 @@ class ClusterLabeler(Labeler):
         """The arguments of `_Model`."""
         import torch
 
-        from detr_fast.labeling import engines
+        from detr_fast.labeling.model import options_of
 
         copy = io.BytesIO()
-        torch.save(self._predictor.model, copy)
+        torch.save(self._job.predictor.model, copy)
         return {
             "model": ray.put(copy.getvalue()),
             "slots": window,
             "slot_bytes": slot_bytes,
-            "device": self._predictor.device.type,
-            "options": engines.options_of(self._predictor),
+            "device": self._job.predictor.device.type,
+            "options": options_of(self._job.predictor),
             "threads": torch.get_num_threads(),  # of the local engine: the last bits of a score may depend on them
         }
 
     def _record(self, rows: Iterable[tuple[str, Any]]) -> int:
-        """Adds images to the manifest whose files are safe on the disk, and counts them; raises what a stage raised."""
+        """Adds images to the manifest whose files are safe on the disk, and counts them. Raises a stage's exception."""
         lines: list[tuple[str, dict[str, Any]]] = []
         for file, value in rows:
             if isinstance(value, _Failure):
@@ -124,9 +133,9 @@ class ClusterLabeler(Labeler):
                 raise value
             else:
                 lines.append((file, value))
-        self._manifest.append(lines)
-        self._bar.set_postfix_str(f"{self._failed} failed", refresh=False)
-        self._bar.update(len(lines))
+        self._job.manifest.append(lines)
+        self._job.bar.set_postfix_str(f"{self._failed} failed", refresh=False)
+        self._job.bar.update(len(lines))
         return len(lines)
 
 
@@ -164,8 +173,8 @@ def _rows(table: pa.Table) -> Iterator[tuple[str, Any]]:
 
 
 def _stage(function: Callable[..., Iterator[pa.Table]]) -> Callable[..., Iterator[pa.Table]]:
-    """What a stage raises goes on in the place of its images, and is raised again where the run is recorded: Ray Data
-    would change it, print it, and start an actor anew."""
+    """Sends a stage's exception on in the place of its images, to be raised where the run is recorded: Ray Data would
+    change it, print it, and start an actor anew."""
 
     @wraps(function)
     def stage(*args: Any) -> Iterator[pa.Table]:
@@ -179,7 +188,7 @@ def _stage(function: Callable[..., Iterator[pa.Table]]) -> Callable[..., Iterato
 
 @_stage
 def _decode(images: Path, reading: Reading, slot_bytes: int, names: pa.Table) -> Iterator[pa.Table]:
-    """Rows of (file, Decoded)."""
+    """Rows of (file, Pixels)."""
     worker = _worker(slot_bytes)
     for file, _ in _rows(names):
         yield _table([(file, worker.decode(images / file, reading))])
@@ -189,12 +198,13 @@ class _Model:
     """The model of a `Predictor`, for rows of (file, (ids, segments_info)).
 
     It runs in a process beside the Ray worker that this is, as Ray would start a killed one anew, and repeat its task,
-    for ever. What kills that process twice are tried again alone, so that only the images fail that do it.
+    for ever. The images of a call that kills the process twice are tried again one by one, so that only the image fails
+    that kills it.
 
     Args:
-        model: what torch saved, in Ray's object store.
+        model: the model as torch saved it, in Ray's object store.
         slots, slot_bytes: memory for the images that are given at once.
-        device, options, threads: as `engines.model_process` has them.
+        device, options, threads: as `model.model_process` has them.
     """
 
     def __init__(
@@ -214,33 +224,29 @@ class _Model:
 
     @cached_property
     def _process(self) -> WorkerPool:
-        """Made when a stage needs it, for what is raised to be the stage's error."""
-        from detr_fast.labeling import engines
+        """Started when a stage needs it, so that an exception is the stage's."""
+        from detr_fast.labeling.model import in_memory, model_process
 
-        model = self._stack.enter_context(engines.in_memory(lambda file: file.write(ray.get(self._model))))
-        return self._stack.enter_context(engines.model_process(self._memory, model, *self._arguments))
+        model = self._stack.enter_context(in_memory(lambda file: file.write(ray.get(self._model))))
+        return self._stack.enter_context(model_process(self._memory, model, *self._arguments))
 
     @_stage
     def __call__(self, decoded: pa.Table) -> Iterator[pa.Table]:
         rows = list(_rows(decoded))
         yield _table((file, value) for file, value in rows if isinstance(value, Exception))
-        by_size: dict[tuple[int, int], list[tuple[str, Decoded]]] = {}
-        for file, value in rows:
-            if not isinstance(value, Exception):
-                by_size.setdefault(value.size, []).append((file, value))
-        size = self._batch_size
-        batches = [images[k : k + size] for images in by_size.values() for k in range(0, len(images), size)]
+        images = [(file, value) for file, value in rows if not isinstance(value, Exception)]
+        batches = list(batches_of_one_size(images, lambda image: image[1].size, self._batch_size))
         try:
             yield from self._find(batches)
         except WorkerDied:
-            for image in chain.from_iterable(batches):
+            for image in images:
                 try:
                     yield from self._find([[image]])
                 except WorkerDied as error:
                     yield _table([(image[0], _Failure(str(error)))])
 
-    def _find(self, batches: list[list[tuple[str, Decoded]]]) -> Iterator[pa.Table]:
-        from detr_fast.labeling.engines import find
+    def _find(self, batches: list[list[tuple[str, Pixels]]]) -> Iterator[pa.Table]:
+        from detr_fast.labeling.model import find
 
         images = list(chain.from_iterable(batches))
         numbers = iter(range(len(images)))
@@ -250,15 +256,12 @@ class _Model:
             if what.error is not None:
                 yield _table([(file, _Failure(what.error))])
             else:
-                ids = self._memory.array(number, what.shape, what.dtype, what.offset)
-                yield _table([(file, (ids, what.segments_info))])
+                yield _table([(file, (what.ids(self._memory, number), what.segments_info))])
             self._memory.empty(number)
 
-    def _slot(self, number: int, image: Decoded) -> Slot:
-        from detr_fast.labeling.engines import Slot
-
-        self._memory.array(number, image.pixels.shape, image.pixels.dtype)[:] = image.pixels
-        return Slot(number, image.pixels.shape, image.pixels.dtype.str, image.size, image.target)
+    def _slot(self, number: int, pixels: Pixels) -> Slot:
+        self._memory.array(number, pixels.array.shape, pixels.array.dtype)[:] = pixels.array
+        return Slot.of(number, pixels)
 
 
 @_stage
@@ -289,27 +292,26 @@ class _Worker:
         descriptor = self._memory.descriptor
         self._pool = WorkerPool(1, (stages.attach, (1, slot_bytes, descriptor)), (descriptor,))
 
-    def decode(self, path: Path, reading: Reading) -> Decoded | _Failure:
-        """What is returned holds until the next call."""
+    def decode(self, path: Path, reading: Reading) -> Pixels | _Failure:
+        """The pixels of an image, which stay until the next call."""
         self._memory.empty(0)
         try:
-            shape, dtype, size, target = self._pool.submit(stages.decode_into, 0, path, reading).result()
+            return self._pool.submit(stages.decode_into, 0, path, reading).result().pixels(self._memory)
         except stages.UNREADABLE as error:
             return _Failure(stages.why_unreadable(error, path))
-        return Decoded(self._memory.array(0, shape, dtype), size, target)
 
     def write(
         self, writing: Writing, file: str, ids: np.ndarray, segments_info: list[dict[str, Any]]
     ) -> tuple[dict[str, Any] | _Failure, list[Path]]:
         """The record of an image, and its files."""
         self._memory.empty(0)
+        found = Found(ids.shape, ids.dtype.str, 0, segments_info)
         try:
-            self._memory.array(0, ids.shape, ids.dtype)[:] = ids
+            found.ids(self._memory, 0)[:] = ids
         except ValueError as error:
             return _Failure(str(error)), []
-        arguments = (0, ids.shape, ids.dtype.str, 0, file, segments_info, writing)
         try:
-            return self._pool.submit(stages.encode_from, *arguments).result()
+            return self._pool.submit(stages.encode_from, 0, found, file, writing).result()
         except (WorkerDied, OSError) as error:
             return _Failure(stages.why_unwritable(error)), []
 

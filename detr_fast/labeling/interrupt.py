@@ -45,7 +45,7 @@ class Interrupt:
 
     @contextmanager
     def computing(self, grace: float | None = None) -> Iterator[None]:
-        """What is inside may be broken off, by raising `Interrupted`, `grace` (GRACE) seconds after a signal."""
+        """The code inside may be broken off, by raising `Interrupted`, `grace` (GRACE) seconds after a signal."""
         self._computing, self._grace = True, GRACE if grace is None else grace
         try:
             yield

@@ -1,9 +1,9 @@
-"""What a labeling run has done so far, on disk: run.json, once, and manifest.jsonl, one line an image.
+"""The record of a labeling run on disk: run.json, once, and manifest.jsonl, one line an image.
 
-A line is `{"file", "settings", "width", "height", "segments_info", "rle"}` of an image that is labelled and
-`{"file", "settings", "error"}` of one that failed; it is written when the image's PNGs are safe on the disk. `file` is
-relative to the folder of images, `settings` the hash of what decides the labels. Lines are in the order in which images
-were done. The data set's JSON is made from them alone.
+A line is `{"file", "settings", "width", "height", "segments_info", ...}` of an image that is labelled, with the fields
+that the formats add ("rle"), and `{"file", "settings", "error"}` of one that failed; it is written when the image's
+files are safe on the disk. `file` is relative to the folder of images, `settings` the hash of what decides the labels.
+Lines are in the order in which images were done. The result files are made from them alone.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from detr_fast.files import open_atomic, sync, write_json
+from detr_fast.labeling import formats
 
-RESULTS = ("panoptic.json", "instances.json", "failures.jsonl", "report.html")  # written when all images are done
-PNG_FOLDERS = ("panoptic", "semantic")
+RESULTS = (*formats.RESULTS, "failures.jsonl", "report.html")  # written when all images are done
 KEY_LENGTH = 16  # hex digits of the hash of the settings
 SETTINGS = b', "settings": "'  # begins it in a line; nothing in a file's name can: there " has a \\ before it
 ERROR = b', "error": '
@@ -34,7 +34,7 @@ class OccupiedError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """What run.json holds.
+    """The content of run.json.
 
     Attributes:
         settings: everything that decides the labels of an image.
@@ -74,7 +74,7 @@ class Run:
 def occupied(out: Path) -> list[str]:
     """The names in the output folder that belong to a run."""
     files = [name for name in ("run.json", "manifest.jsonl", *RESULTS) if (out / name).exists()]
-    return files + [name for name in PNG_FOLDERS if (out / name).is_dir() and any((out / name).iterdir())]
+    return files + [name for name in formats.FOLDERS if (out / name).is_dir() and any((out / name).iterdir())]
 
 
 @contextmanager
@@ -99,9 +99,9 @@ def locked(out: Path) -> Iterator[None]:
 
 
 class Manifest:
-    """manifest.jsonl of one run. Of each image only the place of its line is in memory.
+    """manifest.jsonl of one run. Only the place of each image's line is in memory.
 
-    Opening it drops what a kill or a loss of power left of the last lines, and failures, which are to be tried again.
+    Opening it drops lines that a kill or a loss of power left unfinished, and failures, which are tried again.
 
     Args:
         out: the output folder.

@@ -17,9 +17,10 @@ import ray
 import ray.data
 import ray.data.exceptions
 import ray.exceptions
+from ray.job_config import JobConfig
 
 from detr_fast.labeling.interrupt import Interrupt
-from detr_fast.labeling.workers import PATIENCE
+from detr_fast.labeling.workers import PATIENCE, trusted_path
 
 ANSWER = 4.0  # seconds that RAY_ADDRESS has to answer
 START = 120.0  # seconds that Ray has to start or to let this process in
@@ -28,8 +29,8 @@ START = 120.0  # seconds that Ray has to start or to let this process in
 @contextmanager
 def connected(interrupt: Interrupt) -> Iterator[None]:
     """A connection to Ray: the one that this process has or, if it has none, one to the cluster that `ray.init` finds,
-    which is that of RAY_ADDRESS, one that runs on this machine, or else a new one of this machine alone. What begins
-    with this ends with it, and no process is left.
+    which is that of RAY_ADDRESS, one that runs on this machine, or else a new one of this machine alone. A
+    connection that begins here ends here, and no process is left.
 
     Raises:
         RuntimeError: it cannot be had.
@@ -90,12 +91,23 @@ class _Connection:
 
     def _run(self) -> None:
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, job_config=_TrustedPath()
+            )
         except Exception as error:  # Ray raises this very class
             self._error = error
         self._begun.set()
         self._over.wait()
         ray.shutdown()
+
+
+class _TrustedPath(JobConfig):
+    """Ray adds this process's current folder to the sys.path of its workers, which would import the files there."""
+
+    def _serialize(self) -> str:
+        trusted = {os.path.abspath(entry) for entry in trusted_path()}
+        self._py_driver_sys_path = [entry for entry in self._py_driver_sys_path if entry in trusted]
+        return super()._serialize()
 
 
 def _handle_sigterm() -> None:
@@ -150,7 +162,7 @@ def _end(processes: set[_Process]) -> None:
 
 @contextmanager
 def _closed_stderr() -> Iterator[None]:
-    """For what is not written by Python."""
+    """Keeps C++ from stderr, which Python cannot redirect."""
     with open(os.devnull, "wb") as null, os.fdopen(os.dup(2)) as kept:
         os.dup2(null.fileno(), 2)
         try:
@@ -161,7 +173,7 @@ def _closed_stderr() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Ray Data from the terminal. What it has to say is in Ray's log files."""
+    """Keeps Ray Data from the terminal. Its messages are in Ray's log files."""
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     progress_bars, context.enable_progress_bars = context.enable_progress_bars, False
     terminal = [handler for handler in logger.handlers if isinstance(handler, logging.StreamHandler)]
@@ -177,7 +189,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """One line of what Ray raises."""
+    """Raises Ray's exceptions as RuntimeError of one line."""
     try:
         yield
     except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from detr_fast.files import write_atomic
 from detr_fast.images import read_image
-from detr_fast.labeling import writers
+from detr_fast.labeling.formats import PANOPTIC
 from detr_fast.labeling.manifest import Manifest, Run
 from detr_fast.labeling.results import LabelSummary, found_categories
 from detr_fast.visualize import caption, draw_segments
@@ -111,7 +111,7 @@ def _figure(out: Path, run: Run, record: dict[str, Any], categories: list[dict[s
         image = read_image(Path(run.images, file), exif=run.settings["exif_orientation"] == "apply")
     except (ValueError, OSError) as error:  # it has been moved or changed since
         return f"<figure><figcaption>{_text(file)}: {_text(str(error))}</figcaption></figure>"
-    with Image.open(out / "panoptic" / writers.png_name(file)) as png:
+    with Image.open(out / PANOPTIC.path(file)) as png:
         colors = np.asarray(png).astype(np.int32)
     ids = colors[:, :, 0] | colors[:, :, 1] << 8 | colors[:, :, 2] << 16
     scale = min(1.0, PICTURE_SIDE / max(image.size))

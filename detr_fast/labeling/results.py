@@ -1,20 +1,17 @@
-"""The JSON of a labelled data set, made from the manifest one image after the other."""
+"""The result files of a labelled data set, made from the manifest one image after the other."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from array import array
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import detr_fast
 from detr_fast.files import open_atomic, sync
-from detr_fast.labeling import writers
+from detr_fast.labeling.formats import FORMATS
 from detr_fast.labeling.manifest import Manifest, Run
 from detr_fast.predictor import unnamed_category
 
@@ -23,7 +20,7 @@ FAILURES_SHOWN = 100
 
 @dataclass
 class LabelSummary:
-    """What became of the images that were found.
+    """The outcome of a run, in counts of images and segments.
 
     Attributes:
         labelled, failed: how many; together all that were found.
@@ -31,8 +28,8 @@ class LabelSummary:
         classes: how many segments each class id has.
         areas: how many segments have an area in pixels, in binary, of so many digits.
         failures: the first of failures.jsonl.
-        computed: how many of the images this run did itself, without those that it resumed.
-        seconds: what it took for them.
+        computed: images that this run labelled itself, without the images of the run that it resumed.
+        seconds: the time that they took.
     """
 
     labelled: int = 0
@@ -56,68 +53,33 @@ class LabelSummary:
         self.areas.update(info["area"].bit_length() for info in record["segments_info"])
 
 
-class _JsonList:
-    """What `json.dumps` of a list gives, of which one value at a time is in memory."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._separator = b"["
-
-    def add(self, value: Any) -> None:
-        self._file.write(self._separator + json.dumps(value).encode())
-        self._separator = b", "
-
-    def end(self) -> None:
-        self._file.write(b"[]" if self._separator == b"[" else b"]")
-
-
 def write_results(manifest: Manifest, run: Run, out: Path) -> tuple[LabelSummary, array[int]]:
-    """Writes panoptic.json and instances.json, where they are wanted, and failures.jsonl, last of all.
+    """Writes the result files of the run's formats and, last of all, failures.jsonl.
 
     Returns:
-        What was counted, and the ids of the images that are labelled.
+        The summary, and the ids of the images that are labelled.
 
     Raises:
         OSError: a file cannot be written.
     """
     summary, labelled = LabelSummary(), array("q")
-    formats = run.settings["formats"]
+    formats = [FORMATS[name] for name in run.settings["formats"]]
     with ExitStack() as stack:
         failures = stack.enter_context(open_atomic(out / "failures.jsonl"))
-        if "instances" in formats:
-            instances = _JsonList(stack.enter_context(open_atomic(out / "instances.json")))
-        if "panoptic" in formats:
-            panoptic = stack.enter_context(open_atomic(out / "panoptic.json"))
-            info = {"description": "panoptic labels", "version": detr_fast.__version__, "contributor": "detr_fast"}
-            panoptic.write(b'{"info": ' + json.dumps(info).encode() + b', "images": ')
-            later = stack.enter_context(tempfile.TemporaryFile(dir=out))
-            records, annotations = _JsonList(panoptic), _JsonList(later)
+        writers = [stack.enter_context(format.writer(out)) for format in formats]
         for file, image_id, record in manifest.read():
             summary.add(file, record)
             if "error" in record:
                 failures.write(f"{json.dumps({'file': file, 'error': record['error']})}\n".encode())
                 continue
             labelled.append(image_id)
-            if "instances" in formats:
-                for result in writers.instance_results(image_id, record):
-                    instances.add(result)
-            if "panoptic" in formats:
-                size = {"width": record["width"], "height": record["height"]}
-                records.add({"id": image_id, "file_name": file, **size})
-                annotations.add(writers.panoptic_annotation(image_id, file, record))
-        if "instances" in formats:
-            instances.end()
-        if "panoptic" in formats:
-            records.end()
-            annotations.end()
-            later.seek(0)
-            panoptic.write(b', "annotations": ')
-            shutil.copyfileobj(later, panoptic)
-            categories = json.dumps(found_categories(run, summary)).encode()
-            panoptic.write(b', "categories": ' + categories + b"}")
-    for name in ("panoptic.json", "instances.json", "failures.jsonl"):
-        if (out / name).exists():
-            sync(out / name)
+            for writer in writers:
+                writer.add(image_id, file, record)
+        categories = found_categories(run, summary)
+        for writer in writers:
+            writer.end(categories)
+    for name in (*(name for format in formats for name in format.results), "failures.jsonl"):
+        sync(out / name)
     sync(out)
     return summary, labelled
 

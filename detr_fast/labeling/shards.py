@@ -8,25 +8,17 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from detr_fast.labeling import writers
-from detr_fast.labeling.manifest import (
-    PNG_FOLDERS,
-    Manifest,
-    OccupiedError,
-    Run,
-    locked,
-    occupied,
-    read_lines,
-)
+from detr_fast.labeling.formats import FORMATS
+from detr_fast.labeling.manifest import Manifest, OccupiedError, Run, locked, occupied, read_lines
 from detr_fast.labeling.results import LabelSummary, write_results
 
 LINES_AT_ONCE = 1000
 
 
-def merge(shards: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> LabelSummary:
-    """Joins the outputs of `label` for all shards of a folder of images to what one run gives, byte for byte.
+def merge_shards(shards: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> LabelSummary:
+    """Joins the outputs of `label` for all shards of a folder of images to the output of one run, byte for byte.
 
-    PNGs are hard links to the shards' where the file system allows it, else copies.
+    The images' files are hard links to the shards' where the file system allows it, else copies.
 
     Args:
         shards: output folders of finished runs with the same settings.
@@ -47,6 +39,7 @@ def merge(shards: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
         if file == following:
             raise ValueError(f"two of the shards hold {file}")
     run = Run(runs[0].settings, runs[0].images, None, runs[0].categories)
+    formats = [FORMATS[name] for name in run.settings["formats"] if FORMATS[name].folder is not None]
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         run.write(out)
@@ -56,7 +49,8 @@ def merge(shards: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
                 while part := list(islice(lines, LINES_AT_ONCE)):
                     for file, record in part:
                         if "error" not in record:
-                            _link(folder, out, file)
+                            for format in formats:
+                                _link(folder, out, format.path(file))
                     manifest.append(part)
             return write_results(manifest, run, out)[0]
 
@@ -75,12 +69,9 @@ def _check(folders: list[Path], runs: list[Run]) -> None:
         raise ValueError(f"the shards must be {', '.join(wanted)}, each once, got {', '.join(given)}")
 
 
-def _link(folder: Path, out: Path, file: str) -> None:
-    for kind in PNG_FOLDERS:
-        name = f"{kind}/{writers.png_name(file)}"
-        if (folder / name).exists():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(folder / name, out / name)
-            except OSError:  # another file system, or one without hard links
-                shutil.copyfile(folder / name, out / name)
+def _link(folder: Path, out: Path, name: str) -> None:
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(folder / name, out / name)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(folder / name, out / name)

@@ -1,4 +1,4 @@
-"""What happens to an image before and after the model, as plain functions of picklable values.
+"""The stages of an image before and after the model, as plain functions of picklable values.
 
 `decode` -> the model (`Predictor.start_segments`) -> `encode` -> `Encoded.write`. Nothing here needs torch, holds state
 or knows who calls it: the functions at the end run the same stages on a slot of shared memory.
@@ -7,42 +7,42 @@ or knows who calls it: the functions at the end run the same stages on a slot of
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from detr_fast.files import sync, write_atomic
-from detr_fast.images import grey_png, panoptic_png, pixels_of, read_image, resized_for_normalise, run_lengths
-from detr_fast.labeling import writers
-from detr_fast.labeling.workers import RESIDENT, SharedMemory, WorkerDied
-from detr_fast.resampling import resized_size
+from detr_fast.images import Pixels, prepare, read_image
+from detr_fast.labeling.formats import FORMATS, ImageLabels
+from detr_fast.labeling.workers import SharedMemory, WorkerDied
 
-FORMATS = ("panoptic", "instances", "semantic")
+T = TypeVar("T")
+
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of an image, which is Pillow's limit
-UNREADABLE = (ValueError, OSError, MemoryError, WorkerDied)  # what reading an image may raise
+UNREADABLE = (ValueError, OSError, MemoryError, WorkerDied)  # exceptions of reading an image
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How images become what the model reads.
+    """How images are read and resized.
 
     Attributes:
         exif: turn them the way their EXIF orientation says.
-        size, max_size: pixels of the short side and the most of the long side, as `Predictor` has them.
-        raw: leave resizing to the device, except for images that are too large to be sent there.
+        size, max_size, on_device: as for `images.prepare`.
     """
 
     exif: bool
     size: int
     max_size: int
-    raw: bool
+    on_device: bool
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Writing:
 
     Attributes:
         out: the folder.
-        formats: of `FORMATS`.
+        formats: names in `FORMATS`.
         classes: ids of the classes that are wanted; None for all. The pixels of others become void.
         min_area: segments of fewer pixels become void.
-        semantic_bits: 8 or 16, for the largest class id.
+        num_classes: of the model; category ids are below it.
     """
 
     out: Path
     formats: tuple[str, ...]
     classes: frozenset[int] | None
     min_area: int
-    semantic_bits: int
+    num_classes: int
 
 
 @dataclass(frozen=True)
@@ -69,31 +69,22 @@ class Encoded:
     """The labels of an image as bytes.
 
     Attributes:
-        files: the PNGs by their path below the output folder.
-        record: what the manifest holds: "width", "height", "segments_info" as COCO has it, and "rle" by segment id.
+        files: the content of each file, by its path below the output folder.
+        record: the line of the manifest: "width", "height", "segments_info" as COCO has it, and the formats' fields.
     """
 
     files: dict[str, bytes]
     record: dict[str, Any]
 
     def write(self, out: Path) -> list[Path]:
-        """Writes the PNGs, each complete or not at all, though not yet safe from a loss of power (see `sync`)."""
+        """Writes the files, each complete or not at all, though not yet safe from a loss of power (see `sync`)."""
         paths = [out / name for name in self.files]
         for path, data in zip(paths, self.files.values(), strict=True):
             write_atomic(path, data)
         return paths
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """What the device is sent of an image, as in `predictor.Pixels`."""
-
-    pixels: np.ndarray
-    size: tuple[int, int]
-    target: tuple[int, int]
-
-
-def decode(path: Path, reading: Reading, allocate: Callable[..., np.ndarray] = np.empty) -> Decoded:
+def decode(path: Path, reading: Reading, allocate: Callable[..., np.ndarray] = np.empty) -> Pixels:
     """Reads an image.
 
     Args:
@@ -105,17 +96,38 @@ def decode(path: Path, reading: Reading, allocate: Callable[..., np.ndarray] = n
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or device could keep the reader waiting for ever
         raise ValueError("not a regular file")
     picture = read_image(path, exif=reading.exif)
-    target = (picture.height, picture.width)
-    width, height = resized_size(*picture.size, reading.size, reading.max_size)
-    if not reading.raw:
-        return Decoded(resized_for_normalise(picture, width, height, allocate), (height, width), target)
-    if 3 * picture.width * picture.height > RESIDENT:
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    return Decoded(pixels_of(picture, allocate), (height, width), target)
+    return prepare(picture, reading.size, reading.max_size, reading.on_device, allocate)
+
+
+def batches_of_one_size(
+    images: Iterable[T], size: Callable[[T], tuple[int, int]], batch_size: int, patience: float = math.inf
+) -> Iterator[list[T]]:
+    """Groups images whose size, as the model sees them, is the same.
+
+    Which images share a batch depends on their order alone, not on the time that their reading takes.
+
+    Args:
+        batch_size: the most images of a batch.
+        patience: an image whose batch is not full waits for so many further images at most.
+    """
+    held: dict[tuple[int, int], tuple[int, list[T]]] = {}  # by size, with the first one's number; the oldest first
+    for number, image in enumerate(images):
+        key = size(image)
+        _, batch = held.setdefault(key, (number, []))
+        batch.append(image)
+        if len(batch) == batch_size:
+            del held[key]
+            yield batch
+        for oldest, (first, waiting) in list(held.items())[:1]:
+            if number - first >= patience:
+                del held[oldest]
+                yield waiting
+    for _, batch in held.values():
+        yield batch
 
 
 def encode(file: str, ids: np.ndarray, segments_info: list[dict[str, Any]], writing: Writing) -> Encoded:
-    """The labels of an image, in the formats that are wanted.
+    """The labels of an image, in the formats of `writing`.
 
     Args:
         file: the image's path, relative to the folder of images.
@@ -135,17 +147,11 @@ def encode(file: str, ids: np.ndarray, segments_info: list[dict[str, Any]], writ
     record: dict[str, Any] = {"width": ids.shape[1], "height": ids.shape[0]}
     keys = ("id", "category_id", "area", "bbox", "score")
     record["segments_info"] = [{**{key: info[key] for key in keys if key in info}, "iscrowd": 0} for info in kept]
-    files = {}
-    if "panoptic" in writing.formats:
-        files[f"panoptic/{writers.png_name(file)}"] = panoptic_png(ids)
-    if "semantic" in writing.formats:
-        classes = np.zeros(1 + int(ids.max()), dtype=np.uint8 if writing.semantic_bits == 8 else np.uint16)
-        for info in kept:
-            classes[info["id"]] = info["category_id"]
-        files[f"semantic/{writers.png_name(file)}"] = grey_png(classes[ids])
-    if "instances" in writing.formats:
-        things = [info["id"] for info in kept if info["isthing"]]
-        record["rle"] = dict(zip(map(str, things), run_lengths(ids, things), strict=True))
+    labels, files = ImageLabels(file, ids, kept, writing.num_classes), {}
+    for format in (FORMATS[name] for name in writing.formats):
+        record |= format.record(labels)
+        if format.folder is not None:
+            files[format.path(file)] = format.encode(labels)
     return Encoded(files, record)
 
 
@@ -173,34 +179,77 @@ def why_unwritable(error: OSError | WorkerDied) -> str:
     raise error
 
 
-# ---- the same on shared memory, in a worker ----
+# ---- the same on shared memory ----
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in shared memory that holds the `Pixels` of an image.
+
+    Attributes:
+        number: of the slot.
+        shape: of the array, uint8 [rows, columns, 3].
+        size, target: as `Pixels` has them.
+    """
+
+    number: int
+    shape: tuple[int, ...]
+    size: tuple[int, int]
+    target: tuple[int, int]
+
+    @classmethod
+    def of(cls, number: int, pixels: Pixels) -> Slot:
+        """The slot whose array `pixels` has."""
+        return cls(number, pixels.array.shape, pixels.size, pixels.target)
+
+    def pixels(self, memory: SharedMemory) -> Pixels:
+        """The pixels, which are the slot's own memory and no copy."""
+        return Pixels(memory.array(self.number, self.shape, np.uint8), self.size, self.target)
+
+    @property
+    def end(self) -> int:
+        """The byte of the slot behind the pixels."""
+        return -(-math.prod(self.shape) // 64) * 64
+
+
+@dataclass(frozen=True)
+class Found:
+    """The segments of an image whose ids lie in a slot, or why there are none.
+
+    Attributes:
+        shape, dtype: of the ids, [H, W].
+        offset: the byte of the slot at which they begin: behind the pixels, as these are read again if the model's
+            process dies.
+        segments_info: as in `PanopticResult`.
+        error: the reason of a failure.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    segments_info: list[dict[str, Any]]
+    error: str | None = None
+
+    def ids(self, memory: SharedMemory, slot: int) -> np.ndarray:
+        """The ids, which are the slot's own memory and no copy."""
+        return memory.array(slot, self.shape, self.dtype, self.offset)
+
 
 _memory: SharedMemory
 
 
 def attach(slots: int, slot_bytes: int, descriptor: int) -> None:
-    """What a worker does first."""
+    """The first call of a worker."""
     global _memory
     _memory = SharedMemory(slots, slot_bytes, descriptor)
 
 
-def decode_into(
-    slot: int, path: Path, reading: Reading
-) -> tuple[tuple[int, ...], str, tuple[int, int], tuple[int, int]]:
-    """`decode` into a slot; gives the array's shape and dtype there, `size` and `target`."""
-    decoded = decode(path, reading, partial(_memory.array, slot))
-    return decoded.pixels.shape, decoded.pixels.dtype.str, decoded.size, decoded.target
+def decode_into(slot: int, path: Path, reading: Reading) -> Slot:
+    """`decode` into a slot."""
+    return Slot.of(slot, decode(path, reading, partial(_memory.array, slot)))
 
 
-def encode_from(
-    slot: int,
-    shape: tuple[int, int],
-    dtype: str,
-    offset: int,
-    file: str,
-    segments_info: list[dict[str, Any]],
-    writing: Writing,
-) -> tuple[dict[str, Any], list[Path]]:
-    """`encode` of the ids in a slot, and `Encoded.write`; gives the record and what was written."""
-    encoded = encode(file, _memory.array(slot, shape, dtype, offset), segments_info, writing)
+def encode_from(slot: int, found: Found, file: str, writing: Writing) -> tuple[dict[str, Any], list[Path]]:
+    """`encode` of the segments in a slot, and `Encoded.write`; gives the record and the files that were written."""
+    encoded = encode(file, found.ids(_memory, slot), found.segments_info, writing)
     return encoded.record, encoded.write(writing.out)

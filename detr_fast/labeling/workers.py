@@ -8,7 +8,6 @@ every process is killed.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import pickle
@@ -43,12 +42,26 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
 
+# `python -c` puts the current folder first into sys.path: nothing but the built-in sys is imported before that is gone.
 COMMAND = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
+import sys
+sys.path[:] = sys.argv[2:]
 from detr_fast.labeling.workers import serve
-serve(int(sys.argv[2]))
+serve(int(sys.argv[1]))
 """
+
+
+def trusted_path() -> list[str]:
+    """sys.path without the current folder, which may hold anybody's files: `python -c`, `python -m` and a prompt put it
+    there. It stays if PYTHONPATH names it, or if this package or the running script lies in it."""
+    here = os.getcwd()
+    chosen = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    chosen.append(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
+    if script := getattr(sys.modules["__main__"], "__file__", None):
+        chosen.append(os.path.dirname(script))
+    if here in {os.path.abspath(folder) for folder in chosen}:
+        return [entry or here for entry in sys.path]
+    return [entry for entry in sys.path if os.path.abspath(entry) != here]
 
 
 class WorkerDied(Exception):
@@ -58,7 +71,7 @@ class WorkerDied(Exception):
 class SharedMemory:
     """Slots of equal size in memory that processes share through a file descriptor.
 
-    Slots may be far larger than what is put into them: only pages that are written to take memory.
+    Slots may be far larger than their content: only pages that are written to take memory.
 
     Args:
         slots, slot_bytes: how many, and the most that each can hold.
@@ -85,7 +98,7 @@ class SharedMemory:
         return np.ndarray(shape, dtype, buffer=self._map, offset=slot * self.slot_bytes + offset)
 
     def empty(self, slot: int) -> None:
-        """Gives back what an unusually large image took."""
+        """Gives back the memory of an unusually large image."""
         if hasattr(mmap, "MADV_REMOVE") and self.slot_bytes > RESIDENT:
             self._map.madvise(mmap.MADV_REMOVE, slot * self.slot_bytes + RESIDENT, self.slot_bytes - RESIDENT)
 
@@ -146,7 +159,7 @@ class WorkerPool:
         self._thread.start()
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Calls `function(*args)` in one of the processes. All of it is pickled, and so is what it returns or raises.
+        """Calls `function(*args)` in one of the processes. The call is pickled, and so is its value or exception.
 
         The future has `WorkerDied` if two processes died over it, and RuntimeError if none can be started.
         """
@@ -190,7 +203,7 @@ class WorkerPool:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, json.dumps(sys.path), str(theirs.fileno())],
+                [sys.executable, "-c", COMMAND, str(theirs.fileno()), *trusted_path()],
                 pass_fds=(theirs.fileno(), *self._descriptors),
                 stdin=subprocess.DEVNULL,
                 env={**ENVIRONMENT, **os.environ},
@@ -272,7 +285,7 @@ class WorkerPool:
 
 
 def serve(descriptor: int) -> None:
-    """Runs what the other end of the socket asks for, until that is closed."""
+    """Runs the calls that come through a socket, until its other end is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the process that started this one decides when it ends
     connection = Connection(descriptor)

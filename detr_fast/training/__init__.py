@@ -1,1 +1,1 @@
-"""Losses of DETR's training."""
+"""The training of a DETR: losses, batches, the loop and its folder."""

@@ -69,7 +69,7 @@ class SetCriterion(nn.Module):
                 "pred_masks", and optionally "aux_outputs".
             targets: B dicts with "labels" integer [N_i], "boxes" [N_i,4] (cx, cy, w, h) in [0,1] of the image and, for
                 the "masks" loss, "masks" [N_i,H_i,W_i]. N_i may be 0.
-            indices: what `matcher` returned for these outputs; None: it is called. Auxiliary outputs are always
+            indices: the result of `matcher` for these outputs; None: it is called. Auxiliary outputs are always
                 matched anew.
 
         Returns:
@@ -268,7 +268,7 @@ def _parts(logits: Tensor) -> Iterator[slice]:
 
 
 def matched_selection(outputs: Outputs, indices: Indices) -> Tensor:
-    """bool [B,Q], the matched queries, on the device of `outputs`: what `DETRsegm.forward`'s `select` returns."""
+    """bool [B,Q], the matched queries, on the device of `outputs`: as `DETRsegm.forward`'s `select` returns."""
     logits = outputs["pred_logits"]
     selected = torch.zeros(logits.shape[:2], dtype=torch.bool)
     selected[_queries(indices, selected.device)] = True

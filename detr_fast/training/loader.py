@@ -54,7 +54,7 @@ class Order:
 
 
 class Portions(Sampler[list[Draw]]):
-    """What one of `world` processes computes: `accumulate` lists of `batch_size` draws for each step."""
+    """The share of one of `world` processes: `accumulate` lists of `batch_size` draws for each step."""
 
     def __init__(self, order: Order, batch_size: int, accumulate: int, steps: range, rank: int = 0, world: int = 1):
         self.order = order
@@ -75,10 +75,10 @@ class Portions(Sampler[list[Draw]]):
 
 
 class Augmented(Dataset):
-    """A data set indexed by `Draw`; whoever asks, a draw gives the same image and target.
+    """A data set indexed by `Draw`; a draw gives the same image and target in every process.
 
-    An image that cannot be used is, to skip bad annotations, replaced by the next one; to fail, None. What was wrong
-    with it comes third.
+    An item is an image, its target and the faults found on the way. With `bad_annotations="skip"` the next image takes
+    the place of an unusable one; with "fail", or when no image is usable, the item is the list of faults alone.
     """
 
     def __init__(self, dataset: CocoDataset, seed: int):
@@ -102,6 +102,7 @@ class Augmented(Dataset):
 
 
 def collate(samples: Sequence[Any]) -> Batch:
+    """One batch of items of `Augmented`; a batch without a usable image has no targets."""
     problems = [problem for sample in samples for problem in (sample if isinstance(sample, list) else sample[2])]
     usable = [sample for sample in samples if not isinstance(sample, list)]
     if not usable:

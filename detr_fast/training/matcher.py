@@ -127,7 +127,7 @@ def _check_shapes(outputs: Outputs, targets: Targets) -> None:
 
 
 def _fault(image: int, outputs: Outputs, target: Mapping[str, Tensor]) -> str:
-    """What is wrong with an image whose costs are not all finite."""
+    """The reason why an image's costs are not all finite."""
     logits, boxes = outputs["pred_logits"][image], outputs["pred_boxes"][image]
     num_classes = logits.shape[-1] - 1
     wrong_labels = target["labels"][~_valid_labels(target["labels"], num_classes)]

@@ -1,4 +1,4 @@
-"""Pictures of a training: its curves, and what the model makes of a few images beside the truth."""
+"""Pictures of a training: its curves, and the truth of a few images beside the model's predictions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _panel(name: str, x: np.ndarray, y: np.ndarray) -> Image.Image:
 
 
 def predictions(predictor: Predictor, samples: Sequence[Sample]) -> Image.Image:
-    """The truth at the left and what is predicted at the right, a row for each sample."""
+    """The truth at the left and the prediction at the right, a row for each sample."""
     results = predictor.predict([predictor.prepare_picture(sample.image) for sample in samples])
     pairs = [
         (truth(sample, predictor.categories), result.overlay()) for sample, result in zip(samples, results, strict=True)

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from detr_fast.files import write_json_lines
+from detr_fast.files import open_atomic, remove_temporary, write_atomic, write_json_lines
 
 SETTINGS, LOG, CHECKPOINT, BAD = "settings.json", "log.jsonl", "checkpoint.pth", "bad_annotations.txt"
 
-# what may differ between a run and its resumption: how long and how, not what
+# settings that may differ between a training and its resumption
 MAY_CHANGE = ("epochs", "steps", "save_every", "workers", "device")
 
 
-class Run:
-    """The folder of a run.
+class RunFolder:
+    """The folder of a training.
 
     `settings.json`, `log.jsonl` (a line for each step), `checkpoint.pth` (a model that `checkpoint.load_model` reads,
-    and under "training" what resuming needs), `loss.png`, `predictions/epoch_NNNN.jpg` and `bad_annotations.txt`.
+    and under "training" the state to resume from), `loss.png`, `predictions/epoch_NNNN.jpg` and `bad_annotations.txt`.
 
     Args:
         folder: made if missing.
@@ -58,7 +58,7 @@ class Run:
                 raise ValueError(f"{self.folder} is a run with {name} {before.get(name)!r}, not {value!r}")
 
     def load(self) -> dict[str, Any] | None:
-        """What `save` was given last, or None; raises ValueError where it is damaged."""
+        """The contents of the last checkpoint, None without one; raises ValueError on a damaged one."""
         path = self.folder / CHECKPOINT
         if not path.exists():
             return None
@@ -72,9 +72,9 @@ class Run:
         return saved
 
     def start(self, step: int) -> None:
-        """Makes the folder ready for step `step` (from 0); what is logged of later ones is undone."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_durably(self.folder / SETTINGS, lambda file: file.write(json.dumps(self.settings, indent=2).encode()))
+        """Makes the folder ready for step `step` (from 0): log entries of later steps and unfinished files go."""
+        remove_temporary(self.folder)
+        write_atomic(self.folder / SETTINGS, json.dumps(self.settings, indent=2).encode(), durable=True)
         write_json_lines(self.folder / LOG, [entry for entry in self.log() if entry["step"] <= step])
 
     def log(self) -> list[dict[str, Any]]:
@@ -92,26 +92,14 @@ class Run:
         """Lists the bad annotations that were skipped."""
         if problems:
             text = "".join(f"{problem}\n" for problem in problems)
-            write_durably(self.folder / BAD, lambda file: file.write(text.encode()))
+            write_atomic(self.folder / BAD, text.encode(), durable=True)
 
     def save_picture(self, name: str, picture: Image.Image) -> None:
-        path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        write_durably(path, lambda file: picture.save(file, "PNG" if path.suffix == ".png" else "JPEG"))
+        """Saves a picture; `name` is a path in the folder that ends in .png or .jpg."""
+        with open_atomic(self.folder / name, durable=True) as file:
+            picture.save(file, "PNG" if name.endswith(".png") else "JPEG")
 
     def save(self, contents: Mapping[str, Any]) -> None:
-        write_durably(self.folder / CHECKPOINT, lambda file: torch.save(dict(contents), file))
-
-
-def write_durably(path: Path, write: Callable[[Any], object]) -> None:
-    """Writes a file so that under its name there is always a whole one, even when the machine stops."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        """Saves a checkpoint, which takes the place of the one before."""
+        with open_atomic(self.folder / CHECKPOINT, durable=True) as file:
+            torch.save(dict(contents), file)

@@ -1,10 +1,12 @@
 """Training (Carion et al. 2020, section A.4; facebookresearch/detr, main.py and engine.py).
 
 settings = TrainSettings(data="DIR", config="detr_resnet50_panoptic")
-dataset = open_dataset(settings, masks=True)
+config, _ = starting_config(settings, checkpoint=None)
+dataset = open_dataset(settings, config)
 model, notes = initial_model(settings, dataset, checkpoint=None)
 with world(torch.device("cpu")) as processes:
-    train(Trainer(model, settings, processes, len(dataset)), dataset, Run("RUN", settings.to_dict()))
+    trainer = Trainer(model, settings, processes, len(dataset))
+    train(trainer, dataset, RunFolder("RUN", settings.to_dict()))
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from detr_fast.training.criterion import SetCriterion, forward_matched
 from detr_fast.training.loader import Batch, Order, Portions, batches, mixed
 from detr_fast.training.matcher import HungarianMatcher
 from detr_fast.training.pictures import curves, predictions
-from detr_fast.training.run import LOG, Run
+from detr_fast.training.run import LOG, RunFolder
 
 WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_mask": 1.0, "loss_dice": 1.0}
 EOS_COEF = 0.1
@@ -59,7 +61,7 @@ LOGGED = ("class_error", "cardinality_error", *WEIGHTS)
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What decides a training; defaults are facebookresearch/detr's.
+    """The settings of a training; defaults are facebookresearch/detr's.
 
     Attributes:
         data: the data set's folder.
@@ -83,7 +85,7 @@ class TrainSettings:
         warmup: steps over which the rates grow linearly from 0.
         query_groups: sets of object queries that learn beside each other, of which the first is kept (Group DETR, Chen
             et al. 2023): an object then teaches as many queries at once. Boxes only: a mask head is trained afterwards.
-        ema: decay of a moving average of the weights, which is then what is saved; 0: none.
+        ema: decay of a moving average of the weights, which is then saved in their place; 0: none.
         amp: compute in bfloat16 what `DETR.forward`'s `dtype` covers.
         size: pixels of the images' short side, the long one having at most 5 / 3 of them; None: as the config says.
         augment: "paper", "flip" or "none", as `training_transforms` takes it.
@@ -170,7 +172,7 @@ def world(device: torch.device) -> Iterator[World]:
         torch.distributed.destroy_process_group()
 
 
-# ---- what is trained, on what ----
+# ---- data set and first weights ----
 
 
 def open_dataset(settings: TrainSettings, config: DetrConfig) -> CocoDataset:
@@ -238,7 +240,7 @@ def starting_config(settings: TrainSettings, checkpoint: Checkpoint | None) -> t
 def initial_model(
     settings: TrainSettings, dataset: CocoDataset, checkpoint: Checkpoint | None
 ) -> tuple[DETR | DETRsegm, list[str]]:
-    """The model before the first step, and a line for each part that its checkpoint does not give.
+    """The model before the first step, and a line for each part that is not from its checkpoint.
 
     Raises:
         ValueError: a config and a checkpoint of different sizes, or too few classes for the data set.
@@ -293,7 +295,7 @@ def _load(model: DETR | DETRsegm, checkpoint: Checkpoint) -> list[str]:
 
 
 class LossModule(nn.Module):
-    """A model and its criterion as one module, so that DistributedDataParallel sees what it must."""
+    """A model and its criterion as one module, as DistributedDataParallel needs them."""
 
     def __init__(
         self,
@@ -335,7 +337,7 @@ def build_criterion(config: DetrConfig, aux_loss: bool = True) -> SetCriterion:
 
 
 class Trainer:
-    """A model with its optimiser and its average, and what a step does to them."""
+    """A model with its optimiser and its average, and the step that changes them."""
 
     def __init__(self, model: DETR | DETRsegm, settings: TrainSettings, world: World, images: int):
         self.model = model
@@ -376,7 +378,7 @@ class Trainer:
         self.average = {name: x.clone() for name, x in model.state_dict().items()} if settings.ema else None
 
     def step(self, portions: Sequence[Batch]) -> dict[str, float]:
-        """One update from `accumulate` batches; returns what is logged.
+        """One update from `accumulate` batches; returns the numbers of the log.
 
         Raises:
             Diverged: a loss or gradient that is not finite; the weights are then as before.
@@ -447,7 +449,7 @@ class Trainer:
         torch._foreach_lerp_(averages, current, 1 - decay)
 
     def state(self) -> dict[str, Any]:
-        """Of a checkpoint: the model as it is to be used, and what resuming needs besides."""
+        """The contents of a checkpoint: the model for use, and under "training" the state to resume from."""
         weights = self.model.state_dict()
         training: dict[str, Any] = {"step": self.step_number, "optimizer": self.optimizer.state_dict()}
         usable = dict(self.average or weights)
@@ -498,7 +500,7 @@ def _add_query_groups(detr: DETR, groups: int) -> None:
 
 
 def rate_factor(settings: TrainSettings, step: int, total_steps: int, steps_per_epoch: float) -> float:
-    """What step `step` (from 0) multiplies the rates with."""
+    """The factor of the rates at step `step` (from 0)."""
     if step < settings.warmup:
         return (step + 1) / settings.warmup
     if settings.schedule == "cosine":
@@ -521,7 +523,7 @@ def _freeze(model: DETR | DETRsegm, settings: TrainSettings) -> None:
 # ---- the training ----
 
 
-def train(trainer: Trainer, dataset: CocoDataset, run: Run, progress: bool = False) -> Summary:
+def train(trainer: Trainer, dataset: CocoDataset, run: RunFolder, progress: bool = False) -> Summary:
     """Trains in the folder `run` until all steps are done.
 
     SIGINT or SIGTERM ends it after the current step, with a checkpoint; a second one at once.
@@ -575,8 +577,8 @@ def train(trainer: Trainer, dataset: CocoDataset, run: Run, progress: bool = Fal
     return Summary(trainer.step_number, loss, stop[0] if stop else None, len(problems))
 
 
-def draw(trainer: Trainer, dataset: CocoDataset, run: Run, epoch: int) -> None:
-    """Draws the curves so far, and what the model predicts on the data set's first images as they are."""
+def draw(trainer: Trainer, dataset: CocoDataset, run: RunFolder, epoch: int) -> None:
+    """Draws the curves so far, and the model's predictions on the data set's first images without augmentation."""
     run.save_picture("loss.png", curves(run.log()))
     predictor = Predictor(trainer.usable_model(), device="cpu", threshold=0.5)
     samples = []
@@ -603,7 +605,7 @@ def _note_problems(batch: Sequence[Batch], problems: list[str], settings: TrainS
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM; at the second, what was there before answers."""
+    """Collects the first SIGINT or SIGTERM; the second goes to the handler that was there before."""
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:

@@ -18,14 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases, gpu, measure
 from bench.cases import REAL, TINY
-from bench.gpu_cases import Case, Draw, all_cases, poisoned, wrong
 from bench.gpu_tables import broken, tables
+from bench.operations import on_gpu
+from bench.operations.case import Case, Draw, poisoned, wrong
 from detr_fast.kernels.common import NAMES
 from tiny import CONFIG
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-CASES = {f"{case.op}: {case.name}": case for case in all_cases(TINY)}
+CASES = {f"{case.op}: {case.name}": case for case in on_gpu(TINY)}
 MATRIX_OPS = ("attention", "attention_map")
 
 
@@ -48,7 +49,7 @@ def inputs_of(case: Case) -> tuple[Any, ...]:
 
 def test_every_kernel_has_cases_of_unique_name() -> None:
     assert {case.op for case in CASES.values()} == set(NAMES)
-    assert len(CASES) == len(all_cases(TINY)) == len(all_cases(REAL))
+    assert len(CASES) == len(on_gpu(TINY)) == len(on_gpu(REAL))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -220,7 +221,7 @@ def test_without_a_device_it_says_so() -> None:
 
 def test_needs_no_package_but_those_promised() -> None:
     absent = ("pycocotools", "transformers", "safetensors", "huggingface_hub", "tqdm", "hypothesis")
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import bench.gpu; bench.gpu.all_cases()"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import bench.gpu; bench.gpu.on_gpu()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

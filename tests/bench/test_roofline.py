@@ -14,8 +14,8 @@ from torch import nn
 
 from bench import compare, roofline
 from bench.cases import REAL, TINY
-from bench.gpu_cases import HALF, SINGLE
 from bench.measure import Tally, gmac
+from bench.operations.case import HALF, SINGLE
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 CPU = roofline.Device({SINGLE: 1e12, HALF: 1e12}, 1e11, None, "made up")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from builders import CONFIG, ours, theirs
 from detr_fast.categories import COCO_PANOPTIC
-from detr_fast.checkpoint import CheckpointError, checkpoint, load_model, read_checkpoint, save_model
+from detr_fast.checkpoint import CheckpointError, download, load_model, read_checkpoint, save_model
 from detr_fast.checkpoint.dialects import plain_name, to_canonical, unprefixed
 from detr_fast.config import DetrConfig
 from detr_fast.detr.nested import NestedTensor
@@ -525,10 +525,10 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 def test_torch_hub_names(tmp_path: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     url, root = server
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(checkpoint, "TORCH_HUB_URL", f"{url}/")
+    monkeypatch.setattr(download, "TORCH_HUB_URL", f"{url}/")
     torch.save({"model": ours(masks=False).state_dict()}, root / "good")
     file = f"detr-r50-{hashlib.sha256((root / 'good').read_bytes()).hexdigest()[:8]}.pth"
-    monkeypatch.setitem(checkpoint.TORCH_HUB_FILES, "detr_resnet50", file)
+    monkeypatch.setitem(download.TORCH_HUB_FILES, "detr_resnet50", file)
     cached = tmp_path / "home" / "hub" / "checkpoints"
 
     with pytest.raises(CheckpointError, match=r"detr_resnet50: cannot download .*404"):
@@ -557,6 +557,15 @@ for name in sys.argv[1:]:
 """
 
 
+def hub_program(program: str, endpoint: str, home: Path, *names: str) -> list[str]:
+    """The lines that a program prints, with a hub of its own and without a retry."""
+    environment = os.environ | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", program, *names]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert "Retrying" not in ran.stderr
+    return ran.stdout.splitlines()
+
+
 def test_hub_ids(tmp_path: Path, server: tuple[str, Path]) -> None:
     url, root = server
     folder = root / "org" / "tiny" / "resolve" / "main"
@@ -568,11 +577,7 @@ def test_hub_ids(tmp_path: Path, server: tuple[str, Path]) -> None:
     shutil.copy(folder / "config.json", root / "org" / "empty" / "resolve" / "main")
 
     def read(endpoint: str, *names: str) -> list[str]:
-        environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", HUB_PROGRAM, *names]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
-        assert "Retrying" not in ran.stderr
-        return ran.stdout.splitlines()
+        return hub_program(HUB_PROGRAM, endpoint, tmp_path / "hf", *names)
 
     downloaded, empty, unknown = read(url, "org/tiny", "org/empty", "unknown/model")
     assert downloaded == "org/tiny has 7"
@@ -582,6 +587,35 @@ def test_hub_ids(tmp_path: Path, server: tuple[str, Path]) -> None:
     assert offline == "org/tiny has 7"
     assert unreachable.startswith("org/other: ") and "cannot be reached" in unreachable
     assert "local folder or file" in unreachable
+
+
+PROCESSOR_PROGRAM = """
+import sys
+from detr_fast import DetrImageProcessor
+for name in sys.argv[1:]:
+    try:
+        print(name, "has", DetrImageProcessor.from_pretrained(name).size["shortest_edge"])
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_processors_of_hub_ids(tmp_path: Path, server: tuple[str, Path]) -> None:
+    url, root = server
+    save_model(ours(image_size=64), root / "org" / "tiny" / "resolve" / "main", dialect="transformers")
+    (root / "org" / "bare" / "resolve" / "main").mkdir(parents=True)
+
+    def read(endpoint: str, *names: str) -> list[str]:
+        return hub_program(PROCESSOR_PROGRAM, endpoint, tmp_path / "hf", *names)
+
+    downloaded, bare, unknown = read(url, "org/tiny", "org/bare", "unknown/model")
+    assert downloaded == "org/tiny has 64"
+    assert bare == "org/bare has 800"
+    assert unknown.startswith("unknown/model: no such folder or file, and the Hugging Face hub has no such model")
+    offline, unreachable, invalid = read("http://127.0.0.1:9", "org/tiny", "org/other", "no/such/id")
+    assert offline == "org/tiny has 64"
+    assert unreachable.startswith("org/other: ") and "cannot be reached" in unreachable
+    assert invalid.startswith("no/such/id: no such folder or file, and it is no hub id")
 
 
 def test_coco_names_need_no_list(tmp_path: Path) -> None:

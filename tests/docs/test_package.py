@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import detr_fast
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGED = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE", "detr_fast", "kernels")
@@ -63,7 +67,7 @@ def test_wheel_holds_every_file(source: Path, installed: Path) -> None:
 
 def test_installed_wheel_imports_from_elsewhere(installed: Path, tmp_path: Path) -> None:
     program = (
-        "import detr_fast, detr_fast.kernels.probe as probe, detr_fast.compat, detr_fast.labeling.writers\n"
+        "import detr_fast, detr_fast.kernels.probe as probe, detr_fast.compat, detr_fast.labeling.formats\n"
         "from importlib.metadata import version\n"
         "from detr_fast.categories import COCO_PANOPTIC\n"
         "print(detr_fast.__file__, probe.__file__, probe.VALUE, len(COCO_PANOPTIC))\n"
@@ -103,3 +107,42 @@ def test_help_comes_without_torch(tmp_path: Path) -> None:
         "except SystemExit: print('torch' in sys.modules)"
     )
     assert python("-c", program, cwd=tmp_path, path=ROOT).split()[-1] == "False"
+
+
+# ---- what type checkers see ----
+
+
+def test_type_checkers_see_the_lazy_names() -> None:
+    tree = ast.parse((ROOT / "detr_fast" / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen: dict[str, str] = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        # a name is public in a typed package when it is imported as itself
+        assert all(alias.asname == alias.name for alias in node.names)
+        seen |= {alias.name: str(node.module) for alias in node.names}
+    lazy = {name: f"detr_fast.{module}" for name, module in detr_fast._HOME.items()}
+    assert seen == lazy | dict.fromkeys(detr_fast._MODULES, "detr_fast")
+    assert {"__version__", *seen} == set(detr_fast.__all__)
+
+
+def test_public_names_have_their_types() -> None:
+    pytest.importorskip("mypy", reason="mypy is in the extra lint")
+    expected = {
+        "Predictor": r"def \(model: .*\) -> detr_fast\.predictor\.Predictor",
+        "load_model": r"def \(name_or_path: .*\) -> detr_fast\.detr\.detector\.DETR \| .*DETRsegm",
+        "label": r"def \(images: .*\) -> detr_fast\.labeling\.results\.LabelSummary",
+        "PostProcess": r"def \(.*\) -> detr_fast\.postprocess\.PostProcess",
+        "DetrForSegmentation": r"def \(detr: .*\) -> detr_fast\.compat\.transformers\.DetrForSegmentation",
+        "detr_resnet50": r"def \(pretrained: bool =, .*",
+        "ops": r"types\.ModuleType",
+    }
+    program = "\n".join(
+        ["import detr_fast", *(f"reveal_type(detr_fast.{name})" for name in expected), "detr_fast.nothing"]
+    )
+    command = [sys.executable, "-m", "mypy", "-c", program]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    *revealed, unknown, _ = found.splitlines()
+    for line, pattern in zip(revealed, expected.values(), strict=True):
+        assert re.search(f'Revealed type is "{pattern}"$', line), found
+    assert "attr-defined" in unknown, found

@@ -26,15 +26,17 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from detr_fast.evaluation.panoptic_quality import panoptic_quality
-from detr_fast.images import grey_png, panoptic_png, run_lengths
+from detr_fast.images import Pixels, grey_png, panoptic_png, run_lengths
 from detr_fast.images.deflate import zlib_stream
 from detr_fast.labeling import interrupt, pipeline
+from detr_fast.labeling.listing import find_images
+from detr_fast.labeling.local import LocalEngine
 from detr_fast.labeling.manifest import Manifest, OccupiedError
-from detr_fast.labeling.pipeline import find_images, label
-from detr_fast.labeling.shards import merge
+from detr_fast.labeling.pipeline import label
+from detr_fast.labeling.shards import merge_shards
 from detr_fast.labeling.stages import Reading, Writing, decode, encode
 from detr_fast.postprocess import rgb_to_id
-from detr_fast.predictor import Pixels, Predictor
+from detr_fast.predictor import Predictor
 from detr_fast.preprocess import batch_of_size, image_to_tensor
 from tiny import tiny_detr
 
@@ -190,17 +192,17 @@ def test_shards_merge_to_the_same(predictor: Predictor, pictures: Path, labels: 
         label(pictures, out, predictor, formats=ALL, shard=(i, 3))
     assert sorted(len(list((out / "panoptic").rglob("*.png"))) for out in outs) == [6, 7, 7]
     with pytest.raises(ValueError, match="must be 1/3, 2/3, 3/3, each once, got 1/3, 2/3"):
-        merge(outs[:2], tmp_path / "merged")
-    summary = merge(outs[::-1], tmp_path / "merged")
+        merge_shards(outs[:2], tmp_path / "merged")
+    summary = merge_shards(outs[::-1], tmp_path / "merged")
     assert (summary.labelled, summary.failed) == (20, 1)
     merged, whole = contents(tmp_path / "merged"), contents(labels)
     assert json.loads(merged.pop("run.json")) == json.loads(whole.pop("run.json"))
     assert merged == whole
     with pytest.raises(OccupiedError, match="merged holds"):
-        merge(outs, tmp_path / "merged")
+        merge_shards(outs, tmp_path / "merged")
     (outs[0] / "failures.jsonl").unlink()
     with pytest.raises(ValueError, match="not finished"):
-        merge(outs, tmp_path / "again")
+        merge_shards(outs, tmp_path / "again")
 
 
 def test_void_is_what_is_not_wanted(predictor: Predictor, pictures: Path, labels: Path, tmp_path: Path) -> None:
@@ -259,18 +261,18 @@ def test_exif_orientation(predictor: Predictor, tmp_path: Path) -> None:
 def test_large_images_are_resized_before_a_gpu_gets_them(tmp_path: Path) -> None:
     picture(4000, 3000).save(tmp_path / "a.png")
     picture(640, 480).save(tmp_path / "b.png")
-    large, small = (decode(tmp_path / name, Reading(True, 800, 1333, raw=True)) for name in ("a.png", "b.png"))
-    assert large.pixels.shape == (800, 1066, 3) and small.pixels.shape == (480, 640, 3)
+    large, small = (decode(tmp_path / name, Reading(True, 800, 1333, on_device=True)) for name in ("a.png", "b.png"))
+    assert large.array.shape == (800, 1066, 3) and small.array.shape == (480, 640, 3)
     assert large.size == small.size == (800, 1066)
     assert (large.target, small.target) == ((3000, 4000), (480, 640))
-    batch = batch_of_size([torch.from_numpy(decoded.pixels) for decoded in (large, small)], 1066, 800)
+    batch = batch_of_size([torch.from_numpy(decoded.array) for decoded in (large, small)], 1066, 800)
     for tensor, name in zip(batch, ("a.png", "b.png"), strict=True):
         assert torch.equal(tensor, image_to_tensor(Image.open(tmp_path / name)))
 
 
 def test_semantic_maps_of_many_classes_have_16_bits() -> None:
     info = {"id": 1, "category_id": 999, "isthing": False, "score": 0.5, "area": 2, "bbox": [0, 0, 2, 1]}
-    writing = Writing(Path(), ("semantic",), None, 0, 16)
+    writing = Writing(Path(), ("semantic",), None, 0, 1000)
     (data,) = encode("a.jpg", np.array([[1, 1, 0]]), [info], writing).files.values()
     assert np.array(Image.open(io.BytesIO(data))).tolist() == [[999, 999, 0]]
 
@@ -423,13 +425,13 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
         Image.new("RGB", (30, 40)).save(tmp_path / "in" / f"{number:03}.png")
     slots = []
 
-    class Watched(pipeline._Labeler):
+    class Watched(LocalEngine):
         def _release(self, slot: int) -> None:
             slots.append(slot)
             super()._release(slot)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_Labeler", Watched)
+        patch.setattr(pipeline, "LocalEngine", Watched)
         label(tmp_path / "in", tmp_path / "out", Stub(tiny_detr(), device="cpu", batch_size=2, max_size=40), workers=1)
     assert len(slots) == 200
     assert max(slots) < 16

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from detr_fast.checkpoint import save_model
-from detr_fast.labeling.engines import Found, LocalEngine, Slot, find, in_memory, model_process, options_of
+from detr_fast.labeling.model import Model, find, in_memory, model_process, options_of
+from detr_fast.labeling.stages import Found, Slot
 from detr_fast.labeling.workers import SharedMemory, WorkerDied, WorkerPool
 from detr_fast.predictor import Predictor
 from poison import DiesOnce
@@ -174,7 +175,7 @@ def test_a_model_that_dies_between_batches_reads_the_same_pixels_again(tmp_path:
     predictor = Predictor(model, device="cpu", threshold=0.2, size=48, max_size=64)
     memory = SharedMemory(3, 1 << 20)
     shape, generator = (48, 64, 3), np.random.default_rng(0)
-    slots = [Slot(number, shape, "|u1", shape[:2], (30, 40)) for number in range(3)]
+    slots = [Slot(number, shape, shape[:2], (30, 40)) for number in range(3)]
     for slot in slots:
         memory.array(slot.number, shape, np.uint8)[:] = generator.integers(0, 256, shape)
 
@@ -186,7 +187,7 @@ def test_a_model_that_dies_between_batches_reads_the_same_pixels_again(tmp_path:
         twice = [found for batch in pool.submit(find, [[slot] for slot in slots]).result() for found in batch]
         found = ids(twice)
     assert (tmp_path / "died").exists()
-    once = [LocalEngine(predictor, memory).start([slot])()[0] for slot in slots]
+    once = [Model(predictor, memory).start([slot])()[0] for slot in slots]
     assert twice == once and len(twice[0].segments_info) > 1
     assert all(map(np.array_equal, found, ids(once)))
 

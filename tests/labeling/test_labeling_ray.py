@@ -18,8 +18,9 @@ from test_labeling import contents, make_strange_images, picture
 from tqdm import tqdm
 
 from detr_fast.checkpoint import save_model
-from detr_fast.labeling.cluster import ClusterLabeler
+from detr_fast.labeling.cluster import ClusterEngine
 from detr_fast.labeling.interrupt import Interrupt
+from detr_fast.labeling.local import Job
 from detr_fast.labeling.manifest import Manifest
 from detr_fast.labeling.pipeline import label
 from detr_fast.labeling.stages import Reading, Writing
@@ -67,9 +68,9 @@ def test_an_image_that_kills_its_reader_fails_alone_and_a_full_disk_ends_the_run
 
     def run(out: Path) -> None:
         with Manifest(tmp_path, "0" * 16, files) as manifest, tqdm(disable=True) as bar:
-            reading, writing = Reading(True, 40, 60, False), Writing(out, ("panoptic",), None, 0, 8)
-            labeler = ClusterLabeler(predictor, Poison(tmp_path), reading, writing, manifest, Interrupt(), bar)
-            labeler.run([file for file in files if not manifest.done(file)], {})
+            reading, writing = Reading(True, 40, 60, False), Writing(out, ("panoptic",), None, 0, 250)
+            job = Job(predictor, Poison(tmp_path), reading, writing, manifest, Interrupt(), bar)
+            ClusterEngine(job).run([file for file in files if not manifest.done(file)], {})
 
     with pytest.raises(NotADirectoryError, match=r"^\[Errno 20\] Not a directory: .*a\.png"):
         run(tmp_path / "a.png")

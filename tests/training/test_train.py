@@ -27,7 +27,7 @@ from detr_fast.data import shapes
 from detr_fast.detr.backbone import thaw_batch_norm
 from detr_fast.detr.segmentation import build_detr
 from detr_fast.training.loader import Order, Portions, batches
-from detr_fast.training.run import Run
+from detr_fast.training.run import RunFolder
 from detr_fast.training.train import (
     Trainer,
     TrainSettings,
@@ -81,7 +81,7 @@ def start_trainer(settings: TrainSettings) -> tuple[Trainer, Any]:
 
 def run_of(settings: TrainSettings, out: Path) -> Trainer:
     trainer, dataset = start_trainer(settings)
-    train(trainer, dataset, Run(out, settings.to_dict()))
+    train(trainer, dataset, RunFolder(out, settings.to_dict()))
     return trainer
 
 
