@@ -281,8 +281,7 @@ def winners_kernel(
 
 @triton.jit
 def unmerge_kernel(lead_ptr, stats_ptr, alive_ptr, header_ptr, BLOCK_K: tl.constexpr):
-    """One image, facebookresearch's first round: of each stuff class its first query stays, if the class is large
-    enough.
+    """One image, facebookresearch's first round: the first query of each stuff class stays, if the class is large.
 
     Writes the query that each query's pixels count for from now on, itself, or -1 if it is removed.
     """
@@ -382,8 +381,7 @@ def settle_kernel(
 def number_kernel(counts_for_ptr, stats_ptr, segment_ptr, header_ptr, first_id, BLOCK_K: tl.constexpr):
     """One image: the id of each query's segment, -1 if it is removed or at most SMALL pixels large.
 
-    counts_for_ptr has the query that each query's pixels count for, -1 if it is removed. Ids follow those queries'
-    order.
+    counts_for_ptr has the query that each query's pixels count for, -1 if it is removed. Ids are in their order.
     """
     header_ptr += tl.program_id(0) * FIELDS
     count = tl.load(header_ptr + COUNT).to(tl.int32)
