@@ -249,12 +249,12 @@ def test_signals_end_it_at_once(model: Path, tmp_path: Path, number: int, code: 
 def test_info_says_versions_and_choices() -> None:
     import torch
 
-    from detr_fast import ops
+    from detr_fast.ops import choices
 
     code, out, err = detr_fast("info")
     assert (code, err) == (0, "")
     assert f"torch {torch.__version__}" in out
-    for operation, choice, reason in ops.explain(None):
+    for operation, choice, reason in choices.table(None):
         assert f"{operation}: {choice} ({reason})" in out
 
 
