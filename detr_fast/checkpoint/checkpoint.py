@@ -14,6 +14,7 @@ import torch
 
 from detr_fast.checkpoint import dialects
 from detr_fast.checkpoint.conversion import Checkpoint, check, interpret
+from detr_fast.checkpoint.dialects import Tensors
 from detr_fast.checkpoint.download import TORCH_HUB_FILES, hub_folder, torch_hub_file
 from detr_fast.checkpoint.errors import ACCEPTED, CheckpointError, fail, listed
 from detr_fast.checkpoint.weights import (
@@ -125,28 +126,35 @@ def save_model(model: DETR | DETRsegm, folder: str | os.PathLike[str], dialect: 
 
     if not isinstance(model, (DETR, DETRsegm)):
         raise TypeError(f"model must be a detr_fast DETR or DETRsegm, got {type(model).__name__}")
-    config = model.config.replace(aux_loss=model.aux_loss)
-    categories = model.categories
-    state = model.state_dict()
-    if dialect == "detr_fast":
-        settings = {"model_type": "detr_fast", "config": config.to_dict(), "categories": categories}
-    elif dialect == "transformers":
-        settings = dialects.transformers_config(config, categories)
-        settings["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        backbone = "timm" if config.dilation else "resnet"
-        state = dialects.prefixed(dialects.from_canonical(dialects.unprefixed(state), backbone))
-    else:
+    if dialect not in ("detr_fast", "transformers"):
         raise ValueError(f"dialect must be detr_fast or transformers, got {dialect!r}")
-    files = {CONFIG_FILE: settings}
-    if dialect == "transformers":
-        files[PROCESSOR_FILE] = dialects.transformers_processor(config)
-    with ExitStack() as stack:  # all files take their names when all are written, the weights first
+    state, files = _for_transformers(model) if dialect == "transformers" else _for_detr_fast(model)
+    with ExitStack() as stack:  # all files take their names when all are written
         for name, contents in files.items():
-            text = json.dumps(contents, indent=2) + "\n"
-            stack.enter_context(open_atomic(Path(folder, name))).write(text.encode())
+            file = stack.enter_context(open_atomic(Path(folder, name)))
+            file.write((json.dumps(contents, indent=2) + "\n").encode())
+            file.flush()
         weights = stack.enter_context(open_atomic(Path(folder, "model.safetensors")))
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(contiguous, weights.name, metadata={"format": "pt"})
+
+
+def _for_detr_fast(model: DETR | DETRsegm) -> tuple[Tensors, dict[str, Any]]:
+    """The weights and the JSON files of our own dialect."""
+    config = model.config.replace(aux_loss=model.aux_loss)
+    settings = {"model_type": "detr_fast", "config": config.to_dict(), "categories": model.categories}
+    return model.state_dict(), {CONFIG_FILE: settings}
+
+
+def _for_transformers(model: DETR | DETRsegm) -> tuple[Tensors, dict[str, Any]]:
+    """The weights and the JSON files of transformers' dialect."""
+    config = model.config.replace(aux_loss=model.aux_loss)
+    settings = dialects.transformers_config(config, model.categories)
+    state = model.state_dict()
+    settings["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    backbone = "timm" if config.dilation else "resnet"
+    state = dialects.prefixed(dialects.from_canonical(dialects.unprefixed(state), backbone))
+    return state, {CONFIG_FILE: settings, PROCESSOR_FILE: dialects.transformers_processor(config)}
 
 
 def _read_folder(folder: Path, source: str) -> Checkpoint:
@@ -167,19 +175,22 @@ def _read_file(path: Path, source: str) -> Checkpoint:
     if path.name.endswith(".index.json"):
         return interpret(read_shards(path, source), settings, source)
     contents = read_tensors(path, source)
-    if isinstance(contents.get("model"), dict):  # a training checkpoint: facebookresearch's, or ours with its config
-        if "config" in contents:
-            settings = {
-                "model_type": "detr_fast",
-                "config": contents["config"],
-                "categories": contents.get("categories"),
-            }
-        elif "args" in contents:
-            args = contents["args"]
-            settings = {"args": dict(vars(args)) if isinstance(args, argparse.Namespace) else args}
-            if not isinstance(settings["args"], dict):
-                fail(source, f'"args" must be an argparse.Namespace or a dict, got {type(args).__name__}')
+    if isinstance(contents.get("model"), dict):
+        settings = _settings_of_training(contents, source) or settings
         contents = contents["model"]
     if not settings and "dc5" in path.name.lower():  # nothing else in the published files tells
         settings = {"args": {"dilation": True}}
     return interpret(contents, settings, source)
+
+
+def _settings_of_training(contents: dict[str, Any], source: str) -> dict[str, Any]:
+    """The settings in a training checkpoint: our config, or facebookresearch/detr's arguments."""
+    if "config" in contents:
+        return {"model_type": "detr_fast", "config": contents["config"], "categories": contents.get("categories")}
+    if "args" not in contents:
+        return {}
+    args = contents["args"]
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict):
+        fail(source, f'"args" must be an argparse.Namespace or a dict, got {type(args).__name__}')
+    return {"args": dict(args)}

@@ -58,8 +58,8 @@ def evaluate(
 
     Args:
         model: a `Predictor`, whose `mode` and `threshold` decide about the segments; or a model, which stands for
-            `Predictor(model, device=its device, mode="detr")`: upstream's merge at 0.85. It is left in the mode and
-            with the `compute_dtype` that it has.
+            `Predictor(model, device=its device, mode="detr")`: upstream's merge at 0.85. It is left in the mode
+            that it has.
         data: a data set as `find_split` finds it, or its `GroundTruth`.
         split, limit: as for `GroundTruth.read`; not with a `GroundTruth`.
         batch_size: images in one forward pass.
