@@ -25,6 +25,7 @@ from detr_fast.detr.detector import DETR, Samples
 from detr_fast.detr.graphs import Graphs, Recorder
 from detr_fast.detr.segmentation import DETRsegm
 from detr_fast.images import ImageSource, Pixels, normalise, panoptic_png, prepare, read_image
+from detr_fast.ops import resolve_device, resolve_dtype
 from detr_fast.postprocess import Kept, kept_queries, resize_and_crop, segments_of
 from detr_fast.preprocess import batch_of_size
 from detr_fast.reference import Merged
@@ -34,7 +35,6 @@ Size = tuple[int, int]  # (height, width)
 
 MODES = ("corrected", "detr", "transformers")
 TRANSFORMERS_THRESHOLDS = (0.5, 0.8)  # of masks and of overlaps: the defaults of its post-processing
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # What `segments_info` has in each mode; upstream's merge knows no scores.
@@ -161,7 +161,7 @@ class Predictor:
         self.categories = categories_for(model.config, model.categories)
         self._named = {category["id"]: category for category in self.categories}
         self._by_class = {index: unnamed_category(index) for index in range(model.config.num_classes)} | self._named
-        self._on_gpu = self.device.type == "cuda"
+        self._on_gpu = ops.is_gpu(self.device)
         recorded = self._on_gpu and ops.HAS_TRITON and isinstance(model, DETRsegm)
         self._graphs = Graphs(cast(DETRsegm, model), self.select, Recorder(), self.dtype) if recorded else None
         # a graph's inputs and outputs are overwritten by the next batch, whichever thread starts it
@@ -421,7 +421,7 @@ class Download:
     """Tensors on their way to the host, which need not wait for them until it wants them."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        on_gpu = any(ops.is_gpu(tensor.device) for tensor in tensors)
         # a graph's outputs are overwritten by the next batch: copied now, in the stream's order
         self._tensors = [torch.empty_like(x, device="cpu", pin_memory=True) if on_gpu else x for x in tensors]
         self._done = torch.cuda.Event() if on_gpu else None
@@ -442,40 +442,3 @@ def unnamed_category(index: int) -> dict[str, Any]:
     A trained model does not predict them, an untrained one does. Things are the ids up to 90.
     """
     return {"id": index, "name": f"class {index}", "isthing": int(index <= 90), "color": [128, 128, 128]}
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that `Predictor` means by a name.
-
-    Raises:
-        ValueError: an unknown name, or a device that this machine lacks.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError):
-        resolved = None
-    if resolved is None or resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device must be one of this machine's {torch.cuda.device_count()} CUDA devices, got {device!r}"
-        )
-    if resolved.type == "cuda" and resolved.index is None:  # fixed here, as each thread has a current one of its own
-        return torch.device("cuda", torch.cuda.current_device())
-    return resolved
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that `Predictor` means by a name; "auto" is fp16 on a GPU, elsewhere fp32, which changes nothing.
-
-    Raises:
-        ValueError: none of the names and dtypes in `DTYPES`.
-    """
-    if dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    for name, resolved in DTYPES.items():
-        if dtype in (name, resolved):
-            return resolved
-    raise ValueError(f"dtype must be auto, {', '.join(DTYPES)} or a torch.dtype of these, got {dtype!r}")

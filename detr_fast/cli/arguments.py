@@ -72,7 +72,7 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
     Raises:
         UsageError: an unknown name, or a device that this machine lacks.
     """
-    from detr_fast.predictor import resolve_device, resolve_dtype
+    from detr_fast.ops import resolve_device, resolve_dtype
 
     with argument("--device"):
         device = resolve_device(args.device)

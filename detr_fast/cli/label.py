@@ -165,7 +165,8 @@ def _predictor(args: argparse.Namespace) -> tuple[Predictor, list[int] | None]:
     from detr_fast.categories import categories_for
     from detr_fast.checkpoint import load_model
     from detr_fast.labeling.pipeline import class_ids
-    from detr_fast.predictor import Predictor, resolve_device, resolve_dtype
+    from detr_fast.ops import resolve_device, resolve_dtype
+    from detr_fast.predictor import Predictor
 
     with argument("--device"):
         device = resolve_device(args.device)

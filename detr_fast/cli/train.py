@@ -108,7 +108,7 @@ def _add_machine_options(machine: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from detr_fast.checkpoint import read_checkpoint
-    from detr_fast.predictor import resolve_device
+    from detr_fast.ops import resolve_device
     from detr_fast.training import train as training
     from detr_fast.training.run import RunFolder
 

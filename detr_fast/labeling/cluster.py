@@ -24,6 +24,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from detr_fast import ops
 from detr_fast.images import Pixels
 from detr_fast.labeling import stages
 from detr_fast.labeling.interrupt import Interrupted
@@ -83,7 +84,7 @@ class ClusterEngine:
         """Rows of (file, record for the manifest, or the exception of a stage)."""
         from detr_fast.labeling.model import slot_bytes
 
-        on_gpu = self._job.predictor.device.type == "cuda"
+        on_gpu = ops.is_gpu(self._job.predictor.device)
         window = WINDOW_BATCHES * self._job.predictor.batch_size
         place = slot_bytes(self._job.predictor)
         names = [_table((file, None) for file in files[k : k + window]) for k in range(0, len(files), window)]

@@ -12,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from detr_fast import ops
 from detr_fast.images import SENT_BYTES
 from detr_fast.labeling.stages import MAX_PIXELS, Found, Slot
 from detr_fast.labeling.workers import SharedMemory, WorkerPool, anonymous_file
@@ -28,7 +29,7 @@ class Model:
     """
 
     def __init__(self, predictor: Predictor, memory: SharedMemory) -> None:
-        self.depth = 2 if predictor.device.type == "cuda" else 1  # a CPU has done all when `start` returns
+        self.depth = 2 if ops.is_gpu(predictor.device) else 1  # a CPU has done all when `start` returns
         self._predictor = predictor
         self._memory = memory
 

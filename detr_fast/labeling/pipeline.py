@@ -32,7 +32,8 @@ from detr_fast.labeling.local import Job, LocalEngine, default_workers
 from detr_fast.labeling.manifest import RESULTS, Manifest, OccupiedError, Run, locked, occupied
 from detr_fast.labeling.results import LabelSummary, write_results
 from detr_fast.labeling.stages import Reading, Writing
-from detr_fast.predictor import Predictor, resolve_device
+from detr_fast.ops import is_gpu, resolve_device
+from detr_fast.predictor import Predictor
 
 PACKAGES: dict[str, tuple[str, ...]] = {"local": (), "ray": ("ray", "pyarrow")}  # that each engine needs
 
@@ -159,7 +160,7 @@ def label_files(
     formats = tuple(name for name in FORMATS if name in options.formats)
     # absolute paths, as the current folder of other processes is another
     writing = Writing(out.absolute(), formats, wanted, options.min_area, predictor.model.config.num_classes)
-    on_gpu = resolve_device(options.devices[0] if options.devices else predictor.device).type == "cuda"
+    on_gpu = is_gpu(resolve_device(options.devices[0] if options.devices else predictor.device))
     reading = Reading(options.exif, predictor.size, predictor.max_size, on_gpu)
     i, n = options.shard or (1, 1)
     run = Run(

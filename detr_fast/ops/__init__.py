@@ -11,7 +11,18 @@ from detr_fast.ops.dense import cast, conv2d, image_layout, linear, project, wei
 from detr_fast.ops.masks import chunks, level, mask_upsample, norm_upsample_conv, phase_kernels, upsample_conv
 from detr_fast.ops.merge import Merges, panoptic_merge, weighted_merge
 from detr_fast.ops.norm import add_layer_norm, group_norm_relu, layer_norm
-from detr_fast.ops.policy import HAS_TRITON, REWRITES, gpu, is_plain, plain, pretend, uses_kernels
+from detr_fast.ops.policy import (
+    HAS_TRITON,
+    REWRITES,
+    gpu,
+    is_gpu,
+    is_plain,
+    plain,
+    pretend,
+    resolve_device,
+    resolve_dtype,
+    uses_kernels,
+)
 
 __all__ = [
     "HAS_TRITON",
@@ -29,6 +40,7 @@ __all__ = [
     "group_norm_relu",
     "holding",
     "image_layout",
+    "is_gpu",
     "is_plain",
     "kept",
     "layer_norm",
@@ -42,6 +54,8 @@ __all__ = [
     "plain",
     "pretend",
     "project",
+    "resolve_device",
+    "resolve_dtype",
     "upsample_conv",
     "uses_kernels",
     "weighted_merge",

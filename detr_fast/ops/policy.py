@@ -26,6 +26,8 @@ REWRITES = {
     "kernels": "fused Triton kernels on a GPU",
 }
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 # Both are of the process, as torch.compile can read no context variable.
 _plain: frozenset[str] = frozenset()
 _float64 = False
@@ -105,3 +107,45 @@ def uses_kernels(x: Tensor) -> bool:
 def trains(*tensors: Tensor | None) -> bool:
     """Whether a gradient flows to one of them."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether what is on `device` has to be copied to it, and is computed while the host goes on. Not pretended."""
+    return device.type == "cuda"
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of a name: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N".
+
+    Raises:
+        ValueError: an unknown name, or a device that this machine lacks.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device must be one of this machine's {torch.cuda.device_count()} CUDA devices, got {device!r}"
+        )
+    if resolved.type == "cuda" and resolved.index is None:  # fixed here, as each thread has a current one of its own
+        return torch.device("cuda", torch.cuda.current_device())
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of a name; "auto" is fp16 on a GPU, elsewhere fp32, which changes nothing.
+
+    Raises:
+        ValueError: none of the names and dtypes in `DTYPES`.
+    """
+    if dtype == "auto":
+        return torch.float16 if is_gpu(device) else torch.float32
+    for name, resolved in DTYPES.items():
+        if dtype in (name, resolved):
+            return resolved
+    raise ValueError(f"dtype must be auto, {', '.join(DTYPES)} or a torch.dtype of these, got {dtype!r}")

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from detr_fast import ops
 from detr_fast.checkpoint import Checkpoint, dialects
 from detr_fast.config import PRESETS, DetrConfig
 from detr_fast.data.coco import (
@@ -162,10 +163,10 @@ def world(device: torch.device) -> Iterator[World]:
     if "LOCAL_RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield World(0, 1, device)
         return
-    if device.type == "cuda":
+    if ops.is_gpu(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.distributed.init_process_group("nccl" if ops.is_gpu(device) else "gloo")
     try:
         yield World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
     finally:
@@ -363,7 +364,7 @@ class Trainer:
         self.weights = criterion.weight_dict
         if world.size > 1:
             self.losses = DistributedDataParallel(
-                self.losses, device_ids=[world.device.index] if world.device.type == "cuda" else None
+                self.losses, device_ids=[world.device.index] if ops.is_gpu(world.device) else None
             )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         backbone = [p for n, p in model.named_parameters() if p.requires_grad and "backbone" in n]
@@ -552,7 +553,7 @@ def train(trainer: Trainer, dataset: CocoDataset, run: RunFolder, progress: bool
         tqdm(total=total, initial=steps.start, unit="step", disable=not (progress and writes)) as bar,
         open(run.folder / LOG if writes else os.devnull, "a", buffering=1, encoding="utf-8") as log,
     ):
-        source = batches(dataset, portions, settings.workers, world.device.type == "cuda")
+        source = batches(dataset, portions, settings.workers, ops.is_gpu(world.device))
         clock = time.perf_counter()
         while trainer.step_number < total and not _anyone(stop, world):
             batch = [next(source) for _ in range(settings.accumulate)]
