@@ -380,7 +380,7 @@ def predictor_row(
 def gpu_tests() -> list[str]:
     """Files with tests that need a CUDA device, marked or by the fixture `device`; others may need more packages."""
     pattern = re.compile(r"mark\.gpu|\bdevice: torch\.device")
-    return sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if pattern.search(path.read_text()))
+    return sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if pattern.search(path.read_text()))
 
 
 def run_tests(rows: Rows, files: Sequence[str]) -> None:

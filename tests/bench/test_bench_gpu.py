@@ -228,5 +228,5 @@ def test_needs_no_package_but_those_promised() -> None:
 
 def test_runs_the_files_that_have_gpu_tests() -> None:
     names = {Path(path).name for path in gpu.gpu_tests()}
-    assert {"test_preprocess_device.py", "test_kernels_mask_upsample.py"} <= names
+    assert {"test_preprocess_device.py", "test_mask_upsample.py"} <= names
     assert "test_readme.py" not in names
