@@ -24,7 +24,7 @@ from detr_fast.checkpoint import load_model
 from detr_fast.detr.detector import DETR, Samples
 from detr_fast.detr.graphs import Graphs, Recorder
 from detr_fast.detr.segmentation import DETRsegm
-from detr_fast.images import ImageSource, Pixels, normalise, panoptic_png, prepare, read_image
+from detr_fast.images import ImageSource, Pixels, batches_of_one_size, normalise, panoptic_png, prepare, read_image
 from detr_fast.ops import resolve_device, resolve_dtype
 from detr_fast.postprocess import Kept, kept_queries, resize_and_crop, segments_of
 from detr_fast.preprocess import batch_of_size
@@ -232,17 +232,14 @@ class Predictor:
     @torch.inference_mode()
     def predict(self, prepared: Sequence[Prepared]) -> list[PanopticResult]:
         """The results of prepared images, in their order; none for none."""
-        by_size: dict[Size, list[int]] = {}
-        for index, image in enumerate(prepared):
-            by_size.setdefault(image.pixels.size, []).append(index)
         results: dict[int, PanopticResult] = {}
         finish: Callable[[], None] | None = None
-        for indices in by_size.values():
-            for start in range(0, len(indices), self.batch_size):
-                started = self._start(prepared, indices[start : start + self.batch_size], results)
-                if finish is not None:
-                    finish()  # while the device computes the batch that was just started
-                finish = started
+        size = lambda index: prepared[index].pixels.size  # noqa: E731
+        for indices in batches_of_one_size(range(len(prepared)), size, self.batch_size):
+            started = self._start(prepared, indices, results)
+            if finish is not None:
+                finish()  # while the device computes the batch that was just started
+            finish = started
         if finish is not None:
             finish()
         return [results[index] for index in range(len(prepared))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import time
@@ -26,6 +25,7 @@ from detr_fast.detr.segmentation import DETRsegm
 from detr_fast.evaluation.average_precision import METRICS, AveragePrecision, has_masks
 from detr_fast.evaluation.ground_truth import GroundTruth
 from detr_fast.evaluation.panoptic_quality import VOID, PanopticQuality, read_ids
+from detr_fast.images import batches_of_one_size
 from detr_fast.postprocess import Kept, PostProcess, class_scores
 from detr_fast.predictor import Predictor
 from detr_fast.preprocess import image_to_tensor
@@ -153,13 +153,8 @@ def _read_ahead(records: Iterable[Any], read: Callable[[Any], T], batch_size: in
 
 
 def _batches(samples: Iterator[_Sample], batch_size: int, padded: bool) -> Iterator[list[_Sample]]:
-    window = batch_size if padded or batch_size == 1 else batch_size * BATCHES_AHEAD
-    while chunk := list(itertools.islice(samples, window)):
-        groups: dict[Any, list[_Sample]] = {}
-        for sample in chunk:
-            groups.setdefault(None if padded else sample.processed_size, []).append(sample)
-        for group in groups.values():
-            yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
+    size = (lambda sample: None) if padded else (lambda sample: sample.processed_size)
+    return batches_of_one_size(samples, size, batch_size, BATCHES_AHEAD * batch_size)
 
 
 class _Scores:

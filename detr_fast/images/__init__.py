@@ -1,5 +1,6 @@
 """Pictures without torch: files to RGB pixels, pixels to what a DETR reads, id maps to PNG and run lengths."""
 
+from detr_fast.images.batching import batches_of_one_size
 from detr_fast.images.encoding import grey_png, panoptic_png, run_lengths
 from detr_fast.images.pixels import (
     IMAGENET_MEAN,
@@ -20,6 +21,7 @@ __all__ = [
     "SENT_BYTES",
     "ImageSource",
     "Pixels",
+    "batches_of_one_size",
     "grey_png",
     "image_to_array",
     "normalise",

@@ -25,11 +25,11 @@ import ray
 import ray.data
 
 from detr_fast import ops
-from detr_fast.images import Pixels
+from detr_fast.images import Pixels, batches_of_one_size
 from detr_fast.labeling import stages
 from detr_fast.labeling.interrupt import Interrupted
 from detr_fast.labeling.ray_session import connected, plain_errors, quiet
-from detr_fast.labeling.stages import Found, Reading, Slot, Writing, batches_of_one_size
+from detr_fast.labeling.stages import Found, Reading, Slot, Writing
 from detr_fast.labeling.workers import SharedMemory, WorkerDied, WorkerPool, portable
 
 if TYPE_CHECKING:

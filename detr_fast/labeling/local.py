@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from detr_fast.images import batches_of_one_size
 from detr_fast.labeling import stages
 from detr_fast.labeling.interrupt import Interrupt, Interrupted
 from detr_fast.labeling.manifest import Manifest
@@ -112,7 +113,7 @@ class LocalEngine:
             if self._devices:
                 self._model = stack.enter_context(_ModelOnDevices(predictor, memory, self._devices))
             images = self._decoded(files, hopeless)
-            for batch in stages.batches_of_one_size(images, lambda image: image.slot.size, size, BATCHES_AHEAD * size):
+            for batch in batches_of_one_size(images, lambda image: image.slot.size, size, BATCHES_AHEAD * size):
                 if self._job.interrupt.number is not None:
                     break
                 self._compute(batch)

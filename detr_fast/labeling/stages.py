@@ -7,14 +7,13 @@ or knows who calls it: the functions at the end run the same stages on a slot of
 from __future__ import annotations
 
 import errno
-import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,8 +22,6 @@ from detr_fast.files import sync, write_atomic
 from detr_fast.images import Pixels, prepare, read_image
 from detr_fast.labeling.formats import FORMATS, ImageLabels
 from detr_fast.labeling.workers import SharedMemory, WorkerDied
-
-T = TypeVar("T")
 
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of an image, which is Pillow's limit
 UNREADABLE = (ValueError, OSError, MemoryError, WorkerDied)  # exceptions of reading an image
@@ -97,33 +94,6 @@ def decode(path: Path, reading: Reading, allocate: Callable[..., np.ndarray] = n
         raise ValueError("not a regular file")
     picture = read_image(path, exif=reading.exif)
     return prepare(picture, reading.size, reading.max_size, reading.on_device, allocate)
-
-
-def batches_of_one_size(
-    images: Iterable[T], size: Callable[[T], tuple[int, int]], batch_size: int, patience: float = math.inf
-) -> Iterator[list[T]]:
-    """Groups images whose size, as the model sees them, is the same.
-
-    Which images share a batch depends on their order alone, not on the time that their reading takes.
-
-    Args:
-        batch_size: the most images of a batch.
-        patience: an image whose batch is not full waits for so many further images at most.
-    """
-    held: dict[tuple[int, int], tuple[int, list[T]]] = {}  # by size, with the first one's number; the oldest first
-    for number, image in enumerate(images):
-        key = size(image)
-        _, batch = held.setdefault(key, (number, []))
-        batch.append(image)
-        if len(batch) == batch_size:
-            del held[key]
-            yield batch
-        for oldest, (first, waiting) in list(held.items())[:1]:
-            if number - first >= patience:
-                del held[oldest]
-                yield waiting
-    for _, batch in held.values():
-        yield batch
 
 
 def encode(file: str, ids: np.ndarray, segments_info: list[dict[str, Any]], writing: Writing) -> Encoded:
