@@ -7,6 +7,7 @@ or knows who calls it: the functions at the end run the same stages on a slot of
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
 from collections.abc import Callable
