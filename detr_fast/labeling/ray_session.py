@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -84,6 +84,8 @@ class _Connection:
 
     def end(self) -> None:
         started = _started()
+        if not self._begun.is_set():  # a start that is broken off fails, with errors in its log, when all is over here
+            logging.getLogger("ray").setLevel(logging.CRITICAL + 1)
         self._over.set()
         with _closed_stderr():
             self._thread.join(None if self._begun.is_set() else PATIENCE)
@@ -118,12 +120,13 @@ def _handle_sigterm() -> None:
 
 @dataclass(frozen=True)
 class _Process:
-    """A process that runs, as Linux knows it."""
+    """A process that runs, as Linux knows it. Ray's workers rename themselves, and have another parent once theirs has
+    ended: neither makes another process of them."""
 
     pid: int
-    name: str
-    parent: int
     started: int
+    name: str = field(compare=False)
+    parent: int = field(compare=False)
 
     @classmethod
     def all(cls) -> list[_Process]:
@@ -135,7 +138,7 @@ class _Process:
                 name, _, rest = rest.rpartition(") ")
                 state, parent, *more = rest.split()
                 if state != "Z":
-                    found.append(cls(int(pid), name, int(parent), int(more[17])))
+                    found.append(cls(int(pid), int(more[17]), name, int(parent)))
         return found
 
 

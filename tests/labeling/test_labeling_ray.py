@@ -18,6 +18,7 @@ from test_labeling import contents, make_strange_images, picture
 from tqdm import tqdm
 
 from detr_fast.checkpoint import save_model
+from detr_fast.labeling import ray_session
 from detr_fast.labeling.cluster import ClusterEngine
 from detr_fast.labeling.interrupt import Interrupt
 from detr_fast.labeling.local import Job
@@ -173,3 +174,9 @@ def test_what_cannot_be_is_one_line(
     _, err = process.communicate(timeout=300)
     assert (process.returncode, err.count("\n")) == (code, 1)
     assert named in err
+
+
+def test_a_process_that_is_renamed_or_left_by_its_parent_is_waited_for() -> None:
+    """A worker that outlived its raylet was forgotten, and was still there when the command had ended."""
+    assert ray_session._Process(7, 40, "ray::IDLE", 5) == ray_session._Process(7, 40, "ray::MapWorker", 1)
+    assert ray_session._Process(7, 40, "ray::IDLE", 5) != ray_session._Process(7, 41, "ray::IDLE", 5)
