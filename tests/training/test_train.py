@@ -255,6 +255,33 @@ def test_a_signal_ends_a_run_whose_worker_hangs(data: Path, tmp_path: Path, numb
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
+def test_a_signal_ends_a_step_and_leaves_no_trace_of_it(data: Path, tmp_path: Path) -> None:
+    settings = settings_for(data, steps=4, batch_norm="train")
+    run_of(settings, tmp_path / "whole")
+    trainer, dataset = start_trainer(settings)
+    losses = trainer.losses.forward
+
+    def slow(samples: Any, targets: Any) -> Any:
+        result = losses(samples, targets)
+        if trainer.step_number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return result
+
+    trainer.losses.forward = slow  # type: ignore[method-assign]
+    began = time.monotonic()
+    summary = train(trainer, dataset, RunFolder(tmp_path / "run", settings.to_dict()))
+    assert time.monotonic() - began < 55
+    assert (summary.steps, summary.signal) == (2, signal.SIGTERM)
+    again, dataset = start_trainer(settings)
+    run = RunFolder(tmp_path / "run", settings.to_dict(), resume=True)
+    saved = run.load()
+    assert saved is not None
+    again.restore(saved)
+    train(again, dataset, run)
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes' children are in Linux's /proc")
 def test_a_worker_that_dies_ends_a_run_that_can_go_on(data: Path, tmp_path: Path) -> None:
     line = [*arguments(settings_for(data, steps=100000, epochs=100000, workers=2)), "--out", tmp_path / "run"]
