@@ -1,9 +1,11 @@
-"""Files that are never seen half written, and survive a loss of power. No torch here."""
+"""Files that are never seen half written, and survive a loss of power; locks; memory as a file. No torch here."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -67,3 +69,32 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of the same block with the same folder.
+
+    Raises:
+        BlockingIOError: one is in it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def anonymous_file() -> int:
+    """A descriptor of memory, or of a file where there is no such memory, that is gone with the last process that has
+    it open."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("detr_fast")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

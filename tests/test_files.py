@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from detr_fast.files import open_atomic, remove_temporary, write_json, write_json_lines
+from detr_fast.files import locked, open_atomic, remove_temporary, write_json, write_json_lines
 from detr_fast.training.run import RunFolder
 
 
@@ -59,3 +60,34 @@ def test_a_training_starts_without_unfinished_files(tmp_path: Path) -> None:
     unfinished(tmp_path / "predictions")
     RunFolder(tmp_path, {"steps": 1}).start(0)
     assert os.listdir(tmp_path / "predictions") == ["file"]
+
+
+def test_a_folder_is_locked_for_one_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(BlockingIOError), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError("no locks")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_two_checkpoints_are_kept(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Path) -> None:
+        raise OSError("no links")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    run = RunFolder(tmp_path, {})
+    for step in range(3):
+        run.save({"training": {"step": step}})
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.previous.pth", "checkpoint.pth"]
+    for name, step in (("checkpoint.pth", 2), ("checkpoint.previous.pth", 1)):
+        assert torch.load(tmp_path / name, weights_only=True)["training"]["step"] == step

@@ -8,6 +8,7 @@ import os
 import sys
 
 from detr_fast.cli.arguments import (
+    UsageError,
     add_batch_size,
     add_data,
     add_device,
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     from detr_fast.checkpoint import read_checkpoint
     from detr_fast.ops import resolve_device
     from detr_fast.training import train as training
-    from detr_fast.training.run import RunFolder
+    from detr_fast.training.run import PREVIOUS, OccupiedError, RunFolder
 
     fields = {field.name for field in dataclasses.fields(training.TrainSettings)}
     settings = training.TrainSettings(**{name: value for name, value in vars(args).items() if name in fields})
@@ -134,9 +135,16 @@ def run(args: argparse.Namespace) -> None:
             with argument("--out"):
                 trainer.restore(saved)
         first = world.rank == 0
+        if first and run.damage is not None:
+            print(
+                f"detr-fast train: {run.damage}; going on from {PREVIOUS}, step {trainer.step_number}", file=sys.stderr
+            )
         for note in notes if first else []:
             print(note, flush=True)
-        summary = training.train(trainer, dataset, run, progress=first and sys.stderr.isatty())
+        try:
+            summary = training.train(trainer, dataset, run, progress=first and sys.stderr.isatty())
+        except OccupiedError as error:
+            raise UsageError(f"argument --out: {error}") from error
     if first and summary.bad_annotations:
         print(f"{summary.bad_annotations} bad annotations skipped, see {args.out / 'bad_annotations.txt'}")
     if summary.signal is not None:

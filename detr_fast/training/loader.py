@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import random
-import signal
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detr_fast.data.coco import AnnotationError, CocoDataset
 from detr_fast.data.transforms import Target
 from detr_fast.detr.nested import NestedTensor, nested_tensor_from_tensor_list
+from detr_fast.training.workers import made_ahead
 
 
 class Draw(NamedTuple):
@@ -53,7 +52,7 @@ class Order:
         return Draw(epoch, int(self._permutation[place]))
 
 
-class Portions(Sampler[list[Draw]]):
+class Portions:
     """The share of one of `world` processes: `accumulate` lists of `batch_size` draws for each step."""
 
     def __init__(self, order: Order, batch_size: int, accumulate: int, steps: range, rank: int = 0, world: int = 1):
@@ -74,7 +73,7 @@ class Portions(Sampler[list[Draw]]):
                 yield [self.order[position] for position in range(start, start + self.batch_size)]
 
 
-class Augmented(Dataset):
+class Augmented:
     """A data set indexed by `Draw`; a draw gives the same image and target in every process.
 
     An item is an image, its target and the faults found on the way. With `bad_annotations="skip"` the next image takes
@@ -110,22 +109,39 @@ def collate(samples: Sequence[Any]) -> Batch:
     return Batch(nested_tensor_from_tensor_list([s[0] for s in usable]), [s[1] for s in usable], problems)
 
 
-def batches(dataset: CocoDataset, portions: Portions, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The batches of `portions`, made by `workers` processes, or by this one if 0."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
-        loader: DataLoader[Any] = DataLoader(
-            Augmented(dataset, portions.order.seed),
-            batch_sampler=portions,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=pin_memory,
-            worker_init_fn=_leave_signals_to_the_parent,
-            prefetch_factor=4 if workers else None,
-            generator=torch.Generator(),  # the loader draws a seed for its workers, not from the training's generator
-        )
-        iterator = iter(loader)
-    yield from iterator
+def batches(
+    dataset: CocoDataset, portions: Portions, workers: int, pin_memory: bool, stop: Sequence[int] = ()
+) -> Generator[Batch, None, None]:
+    """The batches of `portions`, made by `workers` processes, or by this one if 0.
+
+    Args:
+        stop: the batches end early once this has an item.
+
+    Raises:
+        WorkerDied: one of the processes ended by itself.
+    """
+    make = partial(_make, Augmented(dataset, portions.order.seed))
+    finish = partial(_pinned, device=torch.cuda.current_device()) if pin_memory else _as_it_is
+    if workers:
+        yield from made_ahead(make, portions, workers, finish, stop)
+    else:
+        yield from (finish(make(draws)) for draws in portions)
+
+
+def _make(images: Augmented, draws: Sequence[Draw]) -> Batch:
+    return collate([images[draw] for draw in draws])
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _pinned(batch: Batch, device: int) -> Batch:
+    """The batch in memory that the GPU reads by itself."""
+    torch.cuda.set_device(device)  # each thread has its own, and memory is pinned for that
+    samples = NestedTensor(batch.samples.tensors.pin_memory(), batch.samples.mask)
+    targets = [{key: value.pin_memory() for key, value in target.items()} for target in batch.targets]
+    return Batch(samples, targets, batch.problems)
 
 
 @contextmanager
@@ -145,9 +161,3 @@ def seeded(*key: int) -> Iterator[None]:
 def mixed(*key: int) -> int:
     """A seed in [0, 2**63) for a tuple of numbers; neighbours have nothing in common."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C, and torchrun's SIGTERM, reach the workers too. They end when the parent says so, or is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -19,8 +19,9 @@ import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from detr_fast.data.coco import (
     find_training_split,
     training_transforms,
 )
-from detr_fast.detr.backbone import thaw_batch_norm
+from detr_fast.detr.backbone import LiveBatchNorm2d, thaw_batch_norm
 from detr_fast.detr.detector import DETR
 from detr_fast.detr.segmentation import DETRsegm, build_detr
 from detr_fast.predictor import Predictor
@@ -51,6 +52,7 @@ from detr_fast.training.loader import Batch, Order, Portions, batches, mixed
 from detr_fast.training.matcher import HungarianMatcher
 from detr_fast.training.pictures import curves, predictions
 from detr_fast.training.run import LOG, RunFolder
+from detr_fast.training.workers import WorkerDied
 
 WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_mask": 1.0, "loss_dice": 1.0}
 EOS_COEF = 0.1
@@ -377,13 +379,33 @@ class Trainer:
             fused=True,
         )
         self.average = {name: x.clone() for name, x in model.state_dict().items()} if settings.ema else None
+        live = [module for module in model.modules() if isinstance(module, LiveBatchNorm2d)]
+        self.statistics = [x for norm in live for x in (norm.running_mean, norm.running_var)]
 
     def step(self, portions: Sequence[Batch]) -> dict[str, float]:
-        """One update from `accumulate` batches; returns the numbers of the log.
+        """One update from `accumulate` batches: `learn`, then `update`."""
+        numbers = self.learn(portions)
+        self.update()
+        return numbers
+
+    def learn(self, portions: Sequence[Batch]) -> dict[str, float]:
+        """The gradients of `accumulate` batches; returns the numbers of the log.
+
+        Whatever is raised, a signal's exception too, leaves the model as before.
 
         Raises:
-            Diverged: a loss or gradient that is not finite; the weights are then as before.
+            Diverged: a loss or gradient that is not finite.
         """
+        before = [x.clone() for x in self.statistics]
+        try:
+            return self._learn(portions)
+        except BaseException:
+            for x, value in zip(self.statistics, before, strict=True):
+                x.copy_(value)
+            self.optimizer.zero_grad()
+            raise
+
+    def _learn(self, portions: Sequence[Batch]) -> dict[str, float]:
         self._train_mode()
         rates = self._set_rates()
         # Nothing random outlives a step, so none of it has to be saved.
@@ -412,11 +434,14 @@ class Trainer:
         if not math.isfinite(named["loss"]) or not math.isfinite(grad_norm):
             reason = f"the loss is {named['loss']} and the gradient's norm {grad_norm}"
             raise Diverged(self.step_number + 1, reason)
+        return {**named, "grad_norm": grad_norm, "lr": rates}
+
+    def update(self) -> None:
+        """Changes the weights by the gradients of `learn`."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step_number += 1
         self._update_average()
-        return {**named, "grad_norm": grad_norm, "lr": rates}
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         device = self.world.device
@@ -527,7 +552,8 @@ def _freeze(model: DETR | DETRsegm, settings: TrainSettings) -> None:
 def train(trainer: Trainer, dataset: CocoDataset, run: RunFolder, progress: bool = False) -> Summary:
     """Trains in the folder `run` until all steps are done.
 
-    SIGINT or SIGTERM ends it after the current step, with a checkpoint; a second one at once.
+    SIGINT or SIGTERM ends it with a checkpoint, whatever the workers do; a second one ends it at once. One process
+    abandons the step it is in; several end after the same step.
 
     Args:
         trainer: restored from `run.load()`, if there is something.
@@ -536,7 +562,9 @@ def train(trainer: Trainer, dataset: CocoDataset, run: RunFolder, progress: bool
         progress: show a progress bar on stderr.
 
     Raises:
+        OccupiedError: another process trains in the folder.
         Diverged: a loss is not finite.
+        WorkerDied: a process that reads images died; the steps before are in the checkpoint.
         RuntimeError: a bad annotation that is not to be skipped.
         OSError: the folder cannot be written.
     """
@@ -545,37 +573,57 @@ def train(trainer: Trainer, dataset: CocoDataset, run: RunFolder, progress: bool
     steps = range(trainer.step_number, total)
     portions = Portions(order, settings.batch_size, settings.accumulate, steps, world.rank, world.size)
     writes = world.rank == 0
-    if writes:
-        run.start(trainer.step_number)
     problems, loss = list(dataset.problems), math.nan
-    with (
-        stop_signals() as stop,
-        tqdm(total=total, initial=steps.start, unit="step", disable=not (progress and writes)) as bar,
-        open(run.folder / LOG if writes else os.devnull, "a", buffering=1, encoding="utf-8") as log,
-    ):
-        source = batches(dataset, portions, settings.workers, ops.is_gpu(world.device))
-        clock = time.perf_counter()
-        while trainer.step_number < total and not _anyone(stop, world):
-            batch = [next(source) for _ in range(settings.accumulate)]
-            _note_problems(batch, problems, settings)
-            numbers = trainer.step(batch)
-            step, loss = trainer.step_number, numbers["loss"]
-            clock, before = time.perf_counter(), clock
-            epoch = order[step * trainer.images_per_step - 1].epoch + 1
-            speed = trainer.images_per_step / (clock - before)
-            entry = {"step": step, "epoch": epoch, **numbers, "images_per_s": speed}
-            log.write(json.dumps({key: _short(value) for key, value in entry.items()}) + "\n")
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-            if writes and step % settings.save_every == 0:
-                run.save(trainer.state())
-            ends_epoch = order[step * trainer.images_per_step].epoch + 1 != epoch
-            if writes and (ends_epoch or step == total):
-                draw(trainer, dataset, run, epoch)
+    with run.locked() if writes else nullcontext(), StopSignals() as stop:
+        if writes:
+            run.start(trainer.step_number)
+        with (
+            tqdm(total=total, initial=steps.start, unit="step", disable=not (progress and writes)) as bar,
+            open(run.folder / LOG if writes else os.devnull, "a", buffering=1, encoding="utf-8") as log,
+            closing(batches(dataset, portions, settings.workers, ops.is_gpu(world.device), stop.received)) as source,
+        ):
+            clock = time.perf_counter()
+            while trainer.step_number < total:
+                try:
+                    numbers = _learn_next(trainer, source, stop, problems)
+                except WorkerDied:
+                    if writes:
+                        run.save(trainer.state())
+                    raise
+                if numbers is None:
+                    break
+                trainer.update()
+                step, loss = trainer.step_number, numbers["loss"]
+                clock, before = time.perf_counter(), clock
+                epoch = order[step * trainer.images_per_step - 1].epoch + 1
+                speed = trainer.images_per_step / (clock - before)
+                entry = {"step": step, "epoch": epoch, **numbers, "images_per_s": speed}
+                log.write(json.dumps({key: _short(value) for key, value in entry.items()}) + "\n")
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+                if writes and step % settings.save_every == 0:
+                    run.save(trainer.state())
+                ends_epoch = order[step * trainer.images_per_step].epoch + 1 != epoch
+                if writes and (ends_epoch or step == total):
+                    with suppress(Stopped), stop.interrupting():
+                        draw(trainer, dataset, run, epoch)
         if writes:
             run.save(trainer.state())
             run.note_bad(problems)
-    return Summary(trainer.step_number, loss, stop[0] if stop else None, len(problems))
+    return Summary(trainer.step_number, loss, stop.received[0] if stop.received else None, len(problems))
+
+
+def _learn_next(
+    trainer: Trainer, source: Iterator[Batch], stop: StopSignals, problems: list[str]
+) -> dict[str, float] | None:
+    """The numbers of the step from the next batches of `source`, before its update; None if the training is to stop."""
+    alone = trainer.world.size == 1  # the steps of several processes wait for each other: none may leave one
+    with suppress(Stopped), stop.interrupting() if alone else nullcontext():
+        batch = list(islice(source, trainer.settings.accumulate))
+        if not _anyone(stop.received, trainer.world):
+            _note_problems(batch, problems, trainer.settings)
+            return trainer.learn(batch)
+    return None
 
 
 def draw(trainer: Trainer, dataset: CocoDataset, run: RunFolder, epoch: int) -> None:
@@ -604,25 +652,44 @@ def _note_problems(batch: Sequence[Batch], problems: list[str], settings: TrainS
         raise RuntimeError(f"no image can be used, the last fault: {problems[-1]}")
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM; the second goes to the handler that was there before."""
-    received: list[int] = []
+class Stopped(BaseException):
+    """A signal that `StopSignals` received tells the training to stop."""
 
-    def receive(number: int, frame: Any) -> None:
-        received.append(number)
-        restore()
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+class StopSignals:
+    """Collects the first SIGINT or SIGTERM within it; the second goes to the handler that was there before."""
 
-    def restore() -> None:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._interrupts = False
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received.append(number)
+        self._restore()
+        if self._interrupts:
+            raise Stopped
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    try:
-        yield received
-    finally:
-        restore()
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """A block that the signal ends with `Stopped`, wherever it is in it."""
+        self._interrupts = True
+        try:
+            if self.received:
+                raise Stopped
+            yield
+        finally:
+            self._interrupts = False
 
 
 def _anyone(stop: list[int], world: World) -> bool:

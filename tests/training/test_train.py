@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from detr_fast.data import shapes
 from detr_fast.detr.backbone import thaw_batch_norm
 from detr_fast.detr.segmentation import build_detr
 from detr_fast.training.loader import Order, Portions, batches
-from detr_fast.training.run import RunFolder
+from detr_fast.training.run import OccupiedError, RunFolder
 from detr_fast.training.train import (
     Trainer,
     TrainSettings,
@@ -96,9 +97,9 @@ def arguments(settings: TrainSettings) -> list[str]:
     return line
 
 
-def start(*arguments: str | Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+def start(*arguments: str | Path, launcher: Sequence[str] = (), before: Sequence[str] = ()) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "detr_fast", "train", *map(str, arguments)]
+    command = [*before, sys.executable, *launcher, "-m", "detr_fast", "train", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -223,6 +224,133 @@ def test_signals_end_a_run_that_can_go_on(data: Path, tmp_path: Path, number: in
     line[line.index("--steps") + 1] = str(steps + 2)
     assert finish(start(*line, "--resume"))[0] == 0
     assert [entry["step"] for entry in logged(tmp_path / "run")] == list(range(1, steps + 3))
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def saved_step(run: Path) -> int:
+    return torch.load(run / "checkpoint.pth", weights_only=True)["training"]["step"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes' children are in Linux's /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_whose_worker_hangs(data: Path, tmp_path: Path, number: int, code: int) -> None:
+    line = [*arguments(settings_for(data, steps=100000, epochs=100000, workers=2)), "--out", tmp_path / "run"]
+    process = start(*line)
+    wait_for_steps(process, tmp_path / "run", 3)
+    workers = children(process)
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    time.sleep(2)  # what they had made is used up
+    told = time.monotonic()
+    process.send_signal(number)
+    ended, _, err = finish(process)
+    assert time.monotonic() - told < 10
+    assert ended == code
+    assert err.count("\n") == 1 and "--resume" in err
+    assert saved_step(tmp_path / "run") == len(logged(tmp_path / "run"))
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_a_signal_ends_a_step_and_leaves_no_trace_of_it(data: Path, tmp_path: Path) -> None:
+    settings = settings_for(data, steps=4, batch_norm="train")
+    run_of(settings, tmp_path / "whole")
+    trainer, dataset = start_trainer(settings)
+    losses = trainer.losses.forward
+
+    def slow(samples: Any, targets: Any) -> Any:
+        result = losses(samples, targets)
+        if trainer.step_number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return result
+
+    trainer.losses.forward = slow  # type: ignore[method-assign]
+    began = time.monotonic()
+    summary = train(trainer, dataset, RunFolder(tmp_path / "run", settings.to_dict()))
+    assert time.monotonic() - began < 55
+    assert (summary.steps, summary.signal) == (2, signal.SIGTERM)
+    again, dataset = start_trainer(settings)
+    run = RunFolder(tmp_path / "run", settings.to_dict(), resume=True)
+    saved = run.load()
+    assert saved is not None
+    again.restore(saved)
+    train(again, dataset, run)
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes' children are in Linux's /proc")
+def test_a_worker_that_dies_ends_a_run_that_can_go_on(data: Path, tmp_path: Path) -> None:
+    line = [*arguments(settings_for(data, steps=100000, epochs=100000, workers=2)), "--out", tmp_path / "run"]
+    process = start(*line)
+    wait_for_steps(process, tmp_path / "run", 3)
+    os.kill(children(process)[0], signal.SIGKILL)
+    ended, _, err = finish(process)
+    assert ended == 1
+    assert err.count("\n") == 1 and "--workers" in err
+    assert saved_step(tmp_path / "run") == len(logged(tmp_path / "run")) >= 3
+
+
+def test_workers_need_no_shared_memory_file_system(data: Path, tmp_path: Path) -> None:
+    small = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*small, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this machine lets no test mount a small /dev/shm")
+    line = [*arguments(settings_for(data, steps=6, batch_size=4, workers=2)), "--out", tmp_path / "run"]
+    code, _, err = finish(start(*line, before=small))
+    assert (code, err) == (0, "")
+    assert len(logged(tmp_path / "run")) == 6
+
+
+def test_two_trainings_do_not_share_a_folder(command: Command, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = settings_for(data, steps=100000, epochs=100000)
+    process = start(*arguments(settings), "--out", run)
+    wait_for_steps(process, run, 3)
+    code, _, err = command(*arguments(dataclasses.replace(settings, steps=6)), "--out", run, "--resume")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 143
+    assert code == 2
+    assert err.count("\n") == 1 and "--out" in err and str(run) in err
+    assert [entry["step"] for entry in logged(run)] == list(range(1, saved_step(run) + 1))
+
+
+def test_a_run_that_another_process_changed_since_it_was_read_is_left_alone(data: Path, tmp_path: Path) -> None:
+    settings = settings_for(data)
+    trainer, dataset = start_trainer(settings)
+    late = RunFolder(tmp_path, settings.to_dict())
+    run_of(settings, tmp_path)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(OccupiedError, match="another"):
+        train(trainer, dataset, late)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [0, 20000, None])
+def test_a_damaged_checkpoint_is_resumed_from_the_one_before(
+    command: Command, data: Path, tmp_path: Path, size: int | None
+) -> None:
+    run_of(settings_for(data, steps=6), tmp_path / "whole")
+    run = tmp_path / "run"
+    assert command(*arguments(settings_for(data, steps=4, save_every=3)), "--out", run)[0] == 0
+    if size is None:
+        (run / "checkpoint.pth").unlink()
+    else:
+        os.truncate(run / "checkpoint.pth", size)
+    line = [*arguments(settings_for(data, steps=6)), "--out", run, "--resume"]
+    code, _, err = command(*line)
+    assert code == 0, err
+    assert err.count("\n") == 1 and "checkpoint.previous.pth" in err and "step 3" in err
+    assert logged(run) == logged(tmp_path / "whole")
+    assert saved_step(run) == 6
+
+    for name in ("checkpoint.pth", "checkpoint.previous.pth"):
+        os.truncate(run / name, 100)
+    code, _, err = command(*line)
+    assert code == 2
+    assert err.count("\n") == 1 and "checkpoint.pth" in err
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch is built without torch.distributed")
