@@ -8,7 +8,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import IO
 
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -17,7 +17,7 @@ NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe could keep the reader waiting 
 
 def stays_inside(name: object) -> bool:
     """Whether a value is the relative POSIX path of a file that lies below whatever folder it is joined to."""
-    if not isinstance(name, str) or "\0" in name or PurePath(name).drive:
+    if not isinstance(name, str) or "\0" in name or os.path.splitdrive(name)[0]:
         return False
     try:
         os.fsencode(name)
@@ -41,13 +41,17 @@ def open_regular(path: Path, mode: str, *, buffering: int = -1) -> IO[bytes]:
 
 def file_length(folder: Path, name: str) -> int | None:
     """The bytes of a regular file below a folder; None if there is none, or a link on the way to it."""
-    try:
-        with _parent(folder, name) as (parent, last):
-            status = os.stat(last, dir_fd=parent, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in ABSENT:
+    path = os.fspath(folder)
+    for part in name.split("/"):
+        path += f"/{part}"
+        try:
+            status = os.lstat(path)
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            raise
+        if stat.S_ISLNK(status.st_mode):
             return None
-        raise
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 

@@ -19,7 +19,7 @@ import os
 import re
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,9 @@ from detr_fast.labeling.inside import file_length, open_regular, stays_inside
 
 RESULTS = (*formats.RESULTS, "failures.jsonl", "report.html")  # written when all images are done
 KEY_LENGTH = 16  # hex digits of the hash of the settings
+# They begin the last value of a line, and what a resumed run need not parse. Nothing in a file's name can be the same:
+# there " has a \\ before it.
+CHECKSUM, LABELS = b', "crc32": ', b', "width": '
 MAX_CATEGORY = 65_535
 MAX_SIDE = 1 << 24  # pixels
 UNPARSABLE = (ValueError, TypeError, KeyError, RecursionError)  # of JSON that is damaged, or has other values
@@ -186,12 +189,20 @@ class Manifest:
             self._offsets[number] = offset
 
     def read(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
-        """(file, image id, record) of the images that are done, in the order of the listing. Ids count from 1."""
+        """(file, image id, record) of the images that are done, in the order of the listing. Ids count from 1.
+
+        Raises:
+            OccupiedError: a line has values that `append` was not given.
+        """
         with open_regular(self._path, "rb") as lines:
             for file, number in self._number.items():
                 if self._offsets[number] >= 0:
                     lines.seek(self._offsets[number])
-                    yield file, number + 1, json.loads(lines.readline())
+                    try:
+                        record = _parse_line(lines.readline(), self._names)
+                    except UNPARSABLE as error:
+                        raise OccupiedError(f"the line of {file} in {self._path} is damaged: {error}") from None
+                    yield file, number + 1, record
 
     def __getitem__(self, image_id: int) -> dict[str, Any]:
         """The record of an image that is done."""
@@ -206,7 +217,7 @@ class Manifest:
     def _load(self) -> set[int]:
         """Finds the lines of the images that are done, and gives the places of the lines to drop."""
         dropped, end = set(), 0
-        for line, values in _checked_lines(self._path, self._names):
+        for line, values in _checked_lines(self._path, self._names, _parse_head):
             if values is not None and values["settings"] != self._key:
                 raise OccupiedError(f"{self._path} holds lines of other settings")
             number = None if values is None else self._number.get(values["file"])
@@ -233,7 +244,7 @@ def read_lines(out: Path, names: Iterable[str]) -> Iterator[tuple[str, dict[str,
     Args:
         names: the formats whose fields each record has.
     """
-    for _, values in _checked_lines(out / "manifest.jsonl", tuple(names)):
+    for _, values in _checked_lines(out / "manifest.jsonl", tuple(names), _parse_line):
         if values is not None:
             yield values["file"], values
 
@@ -247,19 +258,21 @@ def missing_file(out: Path, record: dict[str, Any]) -> str | None:
     return None
 
 
-def _checked_lines(path: Path, names: tuple[str, ...]) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+def _checked_lines(
+    path: Path, names: tuple[str, ...], parse: Callable[[bytes, tuple[str, ...]], dict[str, Any]]
+) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Each line with its values, None if it is damaged."""
     with open_regular(path, "rb") as lines:
         for line in lines:
             try:
-                yield line, _parse_line(line, names)
+                yield line, parse(line, names)
             except UNPARSABLE:
                 yield line, None
 
 
 def _format_line(values: dict[str, Any]) -> bytes:
-    text = json.dumps(values)
-    return f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}\n'.encode()
+    text = json.dumps(values).encode()
+    return text[:-1] + CHECKSUM + b"%d}\n" % zlib.crc32(text)
 
 
 def _parse_line(line: bytes, names: tuple[str, ...]) -> dict[str, Any]:
@@ -268,26 +281,51 @@ def _parse_line(line: bytes, names: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         ValueError, TypeError, KeyError, RecursionError: the line is damaged, or lacks what the formats `names` write.
     """
-    _require(line.endswith(b"\n"), "the end is missing")
-    values = json.loads(line)
-    checksum = values.pop("crc32", None)
-    _require(checksum is None or zlib.crc32(json.dumps(values).encode()) == checksum, "crc32")
-    _require(stays_inside(values["file"]), "file")
-    _require(isinstance(values["settings"], str), "settings")
+    values = json.loads(_without_checksum(line)[0])
+    _check_head(values, names)
     if "error" in values:
-        _require(isinstance(values["error"], str), "error")
         return values
     _require(_is_count(values["width"], MAX_SIDE) and _is_count(values["height"], MAX_SIDE), "size")
     for info in values["segments_info"]:
         _require(_is_count(info["category_id"], MAX_CATEGORY), "category_id")
         _require(_is_count(info["id"]) and _is_count(info["area"]), "segments_info")
-    lengths = values.setdefault("bytes", {})
-    _require(isinstance(lengths, dict) and all(map(_is_count, lengths.values())), "bytes")
-    _require(set(lengths) <= set(formats.FORMATS), "bytes")
     for format in (formats.FORMATS[name] for name in names):
-        _require(format.folder is None or format.name in lengths, "bytes")
         _require(all(isinstance(values[field], kind) for field, kind in format.fields.items()), format.name)
     return values
+
+
+def _parse_head(line: bytes, names: tuple[str, ...]) -> dict[str, Any]:
+    """`_parse_line` without the labels, which are most of it, where the checksum shows that they are not damaged."""
+    text, checked = _without_checksum(line)
+    if not checked:
+        return _parse_line(line, names)
+    head, labels, _ = text.partition(LABELS)
+    values = json.loads(head + b"}" if labels else text)
+    _check_head(values, names)
+    return values
+
+
+def _without_checksum(line: bytes) -> tuple[bytes, bool]:
+    """A line without its checksum, which must be right, and whether it has one."""
+    _require(line.endswith(b"\n"), "the end")
+    text, mark, checksum = line.rstrip().rpartition(CHECKSUM)
+    if not mark:
+        return line, False
+    text += b"}"
+    _require(int(checksum[:-1]) == zlib.crc32(text), "crc32")
+    return text, True
+
+
+def _check_head(values: dict[str, Any], names: tuple[str, ...]) -> None:
+    _require(stays_inside(values["file"]), "file")
+    _require(isinstance(values["settings"], str), "settings")
+    if "error" in values:
+        _require(isinstance(values["error"], str), "error")
+        return
+    lengths = values.setdefault("bytes", {})
+    _require(isinstance(lengths, dict) and all(map(_is_count, lengths.values())), "bytes")
+    _require(all(formats.FORMATS[name].folder for name in lengths), "bytes")
+    _require(all(name in lengths for name in names if formats.FORMATS[name].folder), "bytes")
 
 
 def _is_count(value: object, most: int = (1 << 63) - 1) -> bool:

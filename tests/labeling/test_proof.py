@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,16 @@ def test_a_shard_of_a_thousand_million_is_one_line(outs: Path, capsys: pytest.Ca
     change_run(outs / "1", shard="1/1000000000")
     code, err = merge(outs, capsys)
     assert code == 2 and "1/1000000000" in err and len(err) < 500
+
+
+def test_a_strange_line_with_a_checksum_is_an_error(predictor: Predictor, pictures: Path, outs: Path) -> None:
+    def forge(lines: list[bytes]) -> list[bytes]:
+        texts = [line.partition(b', "crc32"')[0].replace(b'"area": ', b'"area": 1e3') + b"}" for line in lines]
+        return [text[:-1] + b', "crc32": %d}\n' % zlib.crc32(text) for text in texts]
+
+    edit(outs / "whole" / "manifest.jsonl", forge)
+    with pytest.raises(OccupiedError, match="manifest.jsonl is damaged"):
+        label(pictures, outs / "whole", predictor, resume=True)
 
 
 @pytest.mark.parametrize(
