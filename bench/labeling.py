@@ -40,6 +40,8 @@ from bench import cases, measure
 from bench.operations.case import Draw
 from detr_fast.detr.segmentation import DETRsegm
 from detr_fast.labeling import stages, workers
+from detr_fast.labeling.formats import PANOPTIC
+from detr_fast.labeling.manifest import Manifest, Run
 from detr_fast.labeling.pipeline import label
 from detr_fast.predictor import Predictor
 
@@ -223,16 +225,18 @@ def memory(sizes: Sizes, count: int) -> int:
 
 
 def finish(images: Path, out: Path, sizes: Sizes) -> None:
-    """Labels the first image, and writes the manifest that a run has once all others but one are done, too."""
+    """Labels the first image, and writes the manifest and PNGs that a run has once all others but one are done, too."""
     names = [f"{number:06}.jpg" for number in range(1, sizes.finished + 1)]
     for name in names:
         (images / name).touch()  # only the last is read
     shutil.copy(images / "000000.jpg", images / names[-1])
     label(images, out, free_predictor(sizes.scale), limit=1)
-    manifest = out / "manifest.jsonl"
-    line = manifest.read_text()
-    with manifest.open("a") as lines:
-        lines.writelines(line.replace("000000.jpg", name, 1) for name in names[:-1])
+    png = (out / PANOPTIC.path("000000.jpg")).read_bytes()
+    with Manifest(out, Run.read(out).key, ["000000.jpg", *names]) as manifest:
+        ((_, _, record),) = manifest.read()
+        for name in names[:-1]:
+            (out / PANOPTIC.path(name)).write_bytes(png)
+        manifest.append((name, {**record, "file": name}) for name in names[:-1])
 
 
 def resume(images: Path, out: Path, sizes: Sizes, started: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from detr_fast.cli.arguments import argument, folder, output_folder
+from detr_fast.cli.arguments import WorkFailed, argument, folder, output_folder
 
 HELP = "join the outputs of label --shard"
 DESCRIPTION = "Join the outputs of label --shard to what one run over all the images writes."
@@ -16,8 +16,11 @@ def add_options(merge: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from detr_fast.labeling.shards import merge_shards
+    from detr_fast.labeling.shards import IncompleteError, merge_shards
 
     with argument("OUT_DIR"):
-        summary = merge_shards(args.shards, args.out)
+        try:
+            summary = merge_shards(args.shards, args.out)
+        except IncompleteError as error:
+            raise WorkFailed(str(error)) from error
     print(f"merged {summary.labelled} images with {summary.segments} segments in {args.out}")

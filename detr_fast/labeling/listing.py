@@ -1,7 +1,8 @@
-"""The images of a folder, and the names of their PNGs."""
+"""The images of a folder, their hash, and the names of their PNGs."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -37,6 +38,14 @@ def find_images(folder: Path, out: Path) -> list[str]:
     if not files:
         raise ValueError(f"no images in {folder}: no file ends in {', '.join(IMAGE_SUFFIXES)}")
     return sorted(files)
+
+
+def listing_hash(files: Sequence[str]) -> str:
+    """Hash of a listing's names, in their order."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(os.fsencode(file) + b"\0")
+    return digest.hexdigest()
 
 
 def png_name(file_name: str) -> str:

@@ -27,7 +27,7 @@ from detr_fast.files import remove_temporary
 from detr_fast.labeling import report
 from detr_fast.labeling.formats import FOLDERS, FORMATS
 from detr_fast.labeling.interrupt import Interrupt, Interrupted
-from detr_fast.labeling.listing import find_images, without_place
+from detr_fast.labeling.listing import find_images, listing_hash, without_place
 from detr_fast.labeling.local import Job, LocalEngine, default_workers
 from detr_fast.labeling.manifest import RESULTS, Manifest, OccupiedError, Run, locked, occupied
 from detr_fast.labeling.results import LabelSummary, write_results
@@ -124,7 +124,8 @@ def label(
             outputs of all.
         formats: the formats to write, of "panoptic", "instances" and "semantic".
         exif: turn images the way their EXIF orientation says.
-        resume: go on with the run that `out` holds, if any. Images that failed are tried again.
+        resume: go on with the run that `out` holds, if any. Images that failed are tried again, and images whose PNG
+            is missing or cut off are labelled again.
         overwrite: remove the run that `out` holds.
         preview: write report.html, a page that shows this number of the images with their labels, and statistics.
 
@@ -155,7 +156,8 @@ def label_files(
     started = time.monotonic()
     if not predictor.panoptic:
         raise ValueError("labeling needs a panoptic model, got one without a mask head")
-    files = files[: options.limit]
+    limit = None if options.limit is None or options.limit >= len(files) else options.limit
+    files = files[:limit]
     wanted = None if options.classes is None else frozenset(class_ids(options.classes, predictor.categories))
     formats = tuple(name for name in FORMATS if name in options.formats)
     # absolute paths, as the current folder of other processes is another
@@ -168,6 +170,9 @@ def label_files(
         os.fspath(images.resolve()),
         f"{i}/{n}" if options.shard else None,
         predictor.categories,
+        len(files),
+        listing_hash(files),
+        limit,
     )
     out.mkdir(parents=True, exist_ok=True)
     with Interrupt() as interrupt, locked(out):
@@ -175,7 +180,7 @@ def label_files(
         for folder in (FORMATS[name].folder for name in formats):
             if folder is not None:
                 (out / folder).mkdir(exist_ok=True)
-        with Manifest(out, run.key, files) as manifest:
+        with Manifest(out, run.key, files, formats) as manifest:
             mine = files[i - 1 :: n]
             todo = [file for file in mine if not manifest.done(file)]
             done = len(mine) - len(todo)
@@ -237,7 +242,7 @@ def claim(out: Path, run: Run, resume: bool, overwrite: bool) -> None:
         Run.read(out)
         for name in ("manifest.jsonl", *RESULTS, *FOLDERS, "run.json"):  # in this order it can be broken off
             path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     names = occupied(out)
     if not names:
         run.write(out)
@@ -249,6 +254,10 @@ def claim(out: Path, run: Run, resume: bool, overwrite: bool) -> None:
     different = [f"{name} was {old.get(name)} and is {new.get(name)}" for name in new if old.get(name) != new.get(name)]
     if different:
         raise OccupiedError(f"{out} holds another run: {'; '.join(different)}")
+    if links := [name for name in FOLDERS if (out / name).is_symlink()]:
+        raise OccupiedError(f"{out / links[0]} is a symbolic link")
+    if before != run:  # the listing or the limit is another
+        run.write(out)
     remove_temporary(out)
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)

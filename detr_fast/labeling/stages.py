@@ -68,7 +68,8 @@ class Encoded:
 
     Attributes:
         files: the content of each file, by its path below the output folder.
-        record: the line of the manifest: "width", "height", "segments_info" as COCO has it, and the formats' fields.
+        record: the line of the manifest: "bytes", the length of the file of each format that writes one; "width",
+            "height", "segments_info" as COCO has it, and the formats' fields.
     """
 
     files: dict[str, bytes]
@@ -115,14 +116,16 @@ def encode(file: str, ids: np.ndarray, segments_info: list[dict[str, Any]], writ
         for info in kept:
             table[info["id"]] = info["id"]
         ids = table[ids]
-    record: dict[str, Any] = {"width": ids.shape[1], "height": ids.shape[0]}
+    lengths: dict[str, int] = {}
+    record: dict[str, Any] = {"bytes": lengths, "width": ids.shape[1], "height": ids.shape[0]}
     keys = ("id", "category_id", "area", "bbox", "score")
     record["segments_info"] = [{**{key: info[key] for key in keys if key in info}, "iscrowd": 0} for info in kept]
     labels, files = ImageLabels(file, ids, kept, writing.num_classes), {}
     for format in (FORMATS[name] for name in writing.formats):
         record |= format.record(labels)
         if format.folder is not None:
-            files[format.path(file)] = format.encode(labels)
+            files[format.path(file)] = data = format.encode(labels)
+            lengths[format.name] = len(data)
     return Encoded(files, record)
 
 

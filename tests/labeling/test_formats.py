@@ -13,6 +13,7 @@ import pytest
 
 from detr_fast.files import open_atomic
 from detr_fast.labeling.formats import FOLDERS, FORMATS, RESULTS, Format, ImageLabels, Writer
+from detr_fast.labeling.listing import listing_hash
 from detr_fast.labeling.manifest import Manifest, Run
 from detr_fast.labeling.results import write_results
 from detr_fast.labeling.shards import merge_shards
@@ -62,7 +63,7 @@ def run_of(out: Path, files: list[str], mine: list[str], shard: str | None) -> N
     info = {"id": 1, "category_id": 7, "isthing": True, "score": 0.5, "area": 2, "bbox": [0, 0, 2, 1]}
     small = {"id": 2, "category_id": 8, "isthing": True, "score": 0.5, "area": 1, "bbox": [2, 0, 1, 1]}
     categories = [{"id": 7, "name": "seven", "isthing": 1, "color": [0, 0, 0]}]
-    run = Run({"formats": ["boxes"]}, "images", shard, categories)
+    run = Run({"formats": ["boxes"]}, "images", shard, categories, len(files), listing_hash(files))
     out.mkdir()
     run.write(out)
     with Manifest(out, run.key, files) as manifest:

@@ -7,6 +7,7 @@ No torch here: the processes that encode labels need none.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,13 @@ class Format:
         name: in the option `formats`.
         folder: the folder below the output folder that holds a file for each image; None: there are no such files.
         results: names of the files that are written at the end, in the output folder.
+        fields: the type of each field that `record` gives.
     """
 
     name: str
     folder: str | None = None
     results: tuple[str, ...] = ()
+    fields: Mapping[str, type] = {}
 
     def path(self, file: str) -> str:
         """The path of an image's file, relative to the output folder; it lies in `folder`."""

@@ -5,7 +5,7 @@ Source: https://cocodataset.org/#format-results.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,7 @@ from detr_fast.labeling.formats.format import Format, ImageLabels, JsonList, Wri
 class Instances(Format):
     name = "instances"
     results = ("instances.json",)
+    fields: Mapping[str, type] = {"rle": dict}
 
     def record(self, labels: ImageLabels) -> dict[str, Any]:
         """ "rle": the run lengths of each thing by its segment id."""
