@@ -12,7 +12,6 @@ Nothing in these files is trusted: `Run.read` and `read_lines` give checked valu
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,11 +19,12 @@ import re
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detr_fast import files
 from detr_fast.files import open_atomic, sync, write_json
 from detr_fast.labeling import formats
 from detr_fast.labeling.inside import file_length, open_regular, stays_inside
@@ -117,18 +117,12 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         OccupiedError: one does.
     """
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise OccupiedError(f"another process is labeling into {out}") from None
-    except OSError:
-        pass  # a network file system without locks
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(out))
+        except BlockingIOError:
+            raise OccupiedError(f"another process is labeling into {out}") from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 class Manifest:

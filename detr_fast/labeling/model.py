@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from detr_fast import ops
+from detr_fast.files import anonymous_file
 from detr_fast.images import SENT_BYTES
 from detr_fast.labeling.stages import MAX_PIXELS, Found, Slot
-from detr_fast.labeling.workers import SharedMemory, WorkerPool, anonymous_file
+from detr_fast.labeling.workers import SharedMemory, WorkerPool
 from detr_fast.predictor import Predictor
 
 OPTIONS = ("dtype", "threshold", "mode", "batch_size", "class_thresholds", "size", "max_size")

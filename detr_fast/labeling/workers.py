@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from collections import deque
@@ -28,6 +27,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+from detr_fast.files import anonymous_file
 
 ATTEMPTS = 2  # a task whose process died is tried again once
 STARTS = 3  # this many processes in a row that die before their first task are not an accident
@@ -101,15 +102,6 @@ class SharedMemory:
         """Gives back the memory of an unusually large image."""
         if hasattr(mmap, "MADV_REMOVE") and self.slot_bytes > RESIDENT:
             self._map.madvise(mmap.MADV_REMOVE, slot * self.slot_bytes + RESIDENT, self.slot_bytes - RESIDENT)
-
-
-def anonymous_file() -> int:
-    """A descriptor of memory, or of a file where there is no such memory, that is gone with the last process that has
-    it open."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("detr_fast")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 @dataclass
