@@ -8,7 +8,7 @@ from torch import Tensor
 
 from detr_fast import reference
 from detr_fast.ops.choices import ATTENTION_ROWS, attention_choice
-from detr_fast.ops.policy import gpu, trains, uses_kernels
+from detr_fast.ops.policy import gpu, on_cpu, trains, uses_kernels
 
 
 def packs_tokens(padding: Tensor | None) -> bool:
@@ -17,7 +17,7 @@ def packs_tokens(padding: Tensor | None) -> bool:
     On a CPU attention then needs no mask and nothing is computed for padding. A GPU would have to wait for the counts
     and run one attention an image.
     """
-    return padding is not None and gpu(padding.device) is None and not torch.compiler.is_compiling()
+    return padding is not None and on_cpu(padding.device) and not torch.compiler.is_compiling()
 
 
 def attention(
@@ -34,7 +34,7 @@ def attention(
         programs = q.shape[0] * nheads * -(-q.shape[1] // ATTENTION_ROWS)
         if attention_choice(device, q.shape[-1] // nheads, programs, padding is not None).kernel:
             return torch.ops.detr_fast.attention(q, k, v, nheads, padding)[0]
-    if device is None and q.dtype != torch.float32 and not dropout and trains(q, k, v):
+    if on_cpu(q.device) and q.dtype != torch.float32 and not dropout and trains(q, k, v):
         # the gradient of PyTorch's flash attention in bfloat16 is slow: 18 ms against 1.7 for 16 x 8 heads, 64 x 64
         return reference.attention(q, k, v, nheads, padding)
     q, k, v = (x.unflatten(-1, (nheads, -1)).transpose(1, 2) for x in (q, k, v))

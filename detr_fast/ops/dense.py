@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detr_fast import reference
 from detr_fast.ops.cache import kept
-from detr_fast.ops.policy import gpu, is_plain, trains, uses_kernels
+from detr_fast.ops.policy import is_plain, on_cpu, trains, uses_kernels
 
 # oneDNN convolutions that add the bias, the residual and the ReLU before they write: what torch.compile emits on a CPU.
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
@@ -79,7 +79,7 @@ def _fuses_convolutions(x: Tensor, weight: Tensor) -> bool:
     """Static facts, and no gradient: oneDNN's fused convolutions have none."""
     return (
         HAS_ONEDNN
-        and gpu(x.device) is None
+        and on_cpu(x.device)
         and x.dtype in ONEDNN_DTYPES
         and not torch.compiler.is_compiling()
         and not trains(x, weight)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_fast.ops.policy import gpu, trains, uses_kernels
+from detr_fast.ops.policy import on_cpu, trains, uses_kernels
 
 LAYER_NORM_CHANNELS = 2048  # the widest row of Triton's kernel
 
@@ -29,10 +29,10 @@ def group_norm_relu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
         arguments = (norm.weight, norm.bias, norm.num_groups, norm.eps, None, None, x.shape[2], x.shape[3])
         return torch.ops.detr_fast.group_norm_relu_upsample(x, *arguments)
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    on_cpu = gpu(x.device) is None
-    if on_cpu and trains(x, weight):
+    here = on_cpu(x.device)
+    if here and trains(x, weight):
         x = x.contiguous()  # PyTorch's gradient in NHWC takes 5 to 30 times as long
-    if not on_cpu or x.dtype in (torch.bfloat16, torch.float16) or x.is_contiguous():
+    if not here or x.dtype in (torch.bfloat16, torch.float16) or x.is_contiguous():
         return F.group_norm(x, norm.num_groups, weight, bias, norm.eps).relu_()
     return _two_pass_group_norm(x, norm.num_groups, norm.eps, weight, bias).relu_()
 

@@ -94,8 +94,13 @@ def pretend(target: str, *, float64: bool = False) -> Iterator[None]:
 
 
 def gpu(device: torch.device) -> Device | None:
-    """The facts of the GPU `device`, or of the pretended one; None on a CPU."""
+    """The facts of the GPU `device`, or of the pretended one; None where it is none."""
     return common.device_of(device) if device.type == "cuda" or common.is_pretended() else None
+
+
+def on_cpu(device: torch.device) -> bool:
+    """Whether what is chosen for a CPU holds: neither on another device nor on a pretended one."""
+    return device.type == "cpu" and not common.is_pretended()
 
 
 def uses_kernels(x: Tensor) -> bool:

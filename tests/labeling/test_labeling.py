@@ -25,6 +25,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from contract import picture
 from detr_fast.evaluation.panoptic_quality import panoptic_quality
 from detr_fast.images import Pixels, grey_png, panoptic_png, run_lengths
 from detr_fast.images.deflate import zlib_stream
@@ -41,11 +42,6 @@ from detr_fast.preprocess import batch_of_size, image_to_tensor
 from tiny import tiny_detr
 
 SIZES = [(96, 64), (64, 96), (96, 64), (120, 50), (61, 83)]
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")

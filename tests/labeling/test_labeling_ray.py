@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import ray
 from PIL import Image
-from test_labeling import contents, make_strange_images, picture
+from test_labeling import contents, make_strange_images
 from tqdm import tqdm
 
+from contract import picture
 from detr_fast.checkpoint import save_model
 from detr_fast.labeling import ray_session
 from detr_fast.labeling.cluster import ClusterEngine

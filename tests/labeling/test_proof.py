@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_labeling import contents, picture
+from test_labeling import contents
 
+from contract import picture
 from detr_fast.cli import main
 from detr_fast.labeling.manifest import OccupiedError
 from detr_fast.labeling.pipeline import label

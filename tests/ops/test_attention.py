@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract import assert_contract
 from detr_fast import reference
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels.common import DEVICES
@@ -73,12 +74,6 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Tensor
         padding = padding.to(device)
     q, kv = q.to(device, dtype), kv.to(device, dtype)
     return q[..., :dim], kv[..., dim : 2 * dim], kv[..., 2 * dim :], padding
-
-
-def assert_contract(fast: Tensor, plain: Tensor, truth: Tensor) -> None:
-    assert fast.shape == truth.shape and fast.dtype == plain.dtype and truth.isfinite().all()
-    error, allowed = ((x.double() - truth).abs().max().item() for x in (fast, plain))
-    assert error <= 2 * allowed + 1e-6, f"{error:.2e}, plain {allowed:.2e}"
 
 
 def differentiated(

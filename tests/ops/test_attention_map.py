@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract import assert_contract
 from detr_fast import reference
 from detr_fast.kernels import attention_map as kernels
 from detr_fast.kernels.common import DEVICES
@@ -64,12 +65,6 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Tensor
         k[padding] = 1e4
         padding = padding.to(device)
     return q.to(device, dtype), k.to(device, dtype), image.to(device), case.nheads, padding
-
-
-def assert_contract(fast: Tensor, plain: Tensor, truth: Tensor) -> None:
-    assert fast.shape == truth.shape and fast.dtype == torch.float32 and truth.isfinite().all()
-    error, allowed = ((x.double() - truth).abs().max().item() for x in (fast, plain))
-    assert error <= 2 * allowed + 1e-6, f"{error:.2e}, plain {allowed:.2e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

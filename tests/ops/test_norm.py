@@ -16,18 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract import assert_contract
 from detr_fast import reference
 from detr_fast.kernels import add_layer_norm as layer
 from detr_fast.kernels import group_norm_relu_upsample as group
 
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 EPS = 1e-5
-
-
-def assert_contract(fast: Tensor, plain: Tensor, truth: Tensor) -> None:
-    assert fast.shape == truth.shape and truth.isfinite().all()
-    error, allowed = ((x.double() - truth).abs().max().item() for x in (fast, plain))
-    assert error <= 2 * allowed + 1e-6, f"{error:.2e}, plain {allowed:.2e}"
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:

@@ -231,3 +231,10 @@ def test_a_gpu_in_nchw_computes_the_definition(model, gpu):
 def test_another_target_is_refused():
     with pytest.raises(ValueError, match="sm_70"), ops.pretend("sm_42"):
         pass
+
+
+def test_a_device_that_is_neither_takes_no_cpus_choices():
+    """As on an accelerator of another kind."""
+    with torch.device("meta"), torch.no_grad():
+        masks = build_detr(CONFIG).eval()(torch.empty(1, 3, 64, 96))["pred_masks"]
+    assert masks.shape == (1, 17, 16, 24)
