@@ -228,10 +228,12 @@ def stripes(batch: int, count: int, size: torch.Size) -> Tensor:
 
 
 def case_operations(stage: str, case: Case, inputs: tuple[Any, ...], ours: bool) -> Iterator[Operation]:
+    call = case.ours if ours else case.plain
+    call(*inputs)  # tables that are kept between calls are there then, whatever ran before
     stages = Stages(nn.Module())
     stages.stage = stage
     with stages:
-        (case.ours if ours else case.plain)(*inputs)
+        call(*inputs)
     yield from stages.operations
 
 
