@@ -10,7 +10,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from detr_fast.cli import evaluate, explain, info, label, merge, synth, train
@@ -26,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # SIGINT too: scripts start their background jobs with it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
-    os.environ.setdefault("PYTHONSAFEPATH", "1")  # multiprocessing's Pythons would import from the current folder
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        with _safe_path():
+            args.run(args)
     except UsageError as error:
         return _fail(args.command, error, 2)
     except KeyboardInterrupt:
@@ -37,6 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (WorkFailed, OSError, RuntimeError, MemoryError) as error:
         return _fail(args.command, error, 1)
     return 0
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keeps the Pythons that multiprocessing starts from importing from the current folder."""
+    given = "PYTHONSAFEPATH" in os.environ
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ["PYTHONSAFEPATH"]
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
