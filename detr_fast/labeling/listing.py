@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -54,9 +54,9 @@ def png_name(file_name: str) -> str:
     `sub/a.jpg` becomes `sub/a.png`, as in COCO. Any other image keeps its extension (`sub/a.png` becomes
     `sub/a.png.png`), so that neighbours with the same stem stay apart whatever else the folder holds now or later.
     """
-    path = PurePosixPath(file_name)
-    if path.suffix == ".jpg" and PurePosixPath(path.stem).suffix.lower() not in IMAGE_SUFFIXES:
-        return str(path.with_suffix(".png"))
+    name = file_name.rpartition("/")[2]
+    if _suffix(name) == ".jpg" and _suffix(name[:-4]).lower() not in IMAGE_SUFFIXES:
+        return f"{file_name[:-4]}.png"
     return f"{file_name}.png"
 
 
@@ -70,3 +70,9 @@ def without_place(files: Sequence[str]) -> dict[str, str]:
         return {}
     reason = "its PNG would have the name of a folder"
     return {file: reason for file in files if png_name(file) in folders}
+
+
+def _suffix(name: str) -> str:
+    """As `PurePath.suffix`, in a tenth of its time: a resumed run asks for that of every image."""
+    dot = name.rfind(".")
+    return name[dot:] if 0 < dot < len(name) - 1 else ""
