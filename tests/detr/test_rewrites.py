@@ -1,4 +1,4 @@
-"""The exact engine against the plain definition: DESIGN's numerics contract, step by step and all together."""
+"""The exact engine against the plain definition: the numerics contract (docs/numerics.md), step by step and all together."""
 
 import pytest
 import torch
