@@ -1,4 +1,4 @@
-"""The exact engine against the plain definition: the numerics contract (docs/numerics.md), step by step and all together."""
+"""The exact engine against the plain definition, step by step and all together: see docs/numerics.md."""
 
 import pytest
 import torch
