@@ -47,6 +47,11 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 LAST_COCO_THING = 90  # in COCO's panoptic ids
 
 
+# What `segments_info` has of a segment in each merge; upstream's knows no scores.
+CORRECTED_KEYS = ("id", "category_id", "isthing", "score", "area", "bbox")
+UPSTREAM_KEYS = ("id", "isthing", "category_id", "area")
+
+
 # ---- checks ----
 
 
@@ -479,33 +484,16 @@ def segments_of(merged: Merged, scores: Tensor, labels: Tensor) -> list[Segment]
     return [s._replace(bbox=[*s.bbox[:2], s.bbox[2] - s.bbox[0], s.bbox[3] - s.bbox[1]]) for s in by_id]
 
 
-def corrected_segments(merged: Merged, scores: Tensor, labels: Tensor, isthing: IsThing) -> list[dict[str, Any]]:
-    """`segments_info` of the corrected merge; all on the CPU."""
-    return [
-        {
-            "id": segment.id,
-            "category_id": segment.category_id,
-            "isthing": bool(is_thing(isthing, segment.category_id)),
-            "score": segment.score,
-            "area": segment.area,
-            "bbox": segment.bbox,
-        }
-        for segment in segments_of(merged, scores, labels)
-    ]
-
-
-def _upstream_segments(merged: Merged, kept: Kept, isthing: IsThing) -> list[dict[str, Any]]:
-    """`segments_info` as facebookresearch/detr has it."""
+def describe(
+    merged: Merged, scores: Tensor, labels: Tensor, isthing: IsThing, keys: Sequence[str]
+) -> list[dict[str, Any]]:
+    """`segments_info` of a merge, from its kept queries: of each segment the values of `keys`, "isthing" among them."""
     on_host = Merged(merged.ids, *(x.cpu() for x in merged[1:]))
-    return [
-        {
-            "id": segment.id,
-            "isthing": is_thing(isthing, segment.category_id),
-            "category_id": segment.category_id,
-            "area": segment.area,
-        }
-        for segment in segments_of(on_host, kept.scores.cpu(), kept.labels.cpu())
-    ]
+    found = []
+    for segment in segments_of(on_host, scores.cpu(), labels.cpu()):
+        values = segment._asdict() | {"isthing": is_thing(isthing, segment.category_id)}
+        found.append({key: values[key] for key in keys})
+    return found
 
 
 def _check(pred_masks: Tensor, scores: Tensor, labels: Tensor) -> None:
@@ -555,7 +543,7 @@ def upstream_panoptic_merge(
     processed, target = pair("processed_size", processed_size), pair("target_size", target_size)
     kept = Kept(pred_masks, scores, labels)
     merged = _merge(kept, processed, processed, target, isthing, False)
-    return merged.ids.int(), _upstream_segments(merged, kept, isthing)
+    return merged.ids.int(), describe(merged, scores, labels, isthing, UPSTREAM_KEYS)
 
 
 @torch.no_grad()
@@ -598,8 +586,9 @@ def panoptic_merge(
     if processed[0] > padded[0] or processed[1] > padded[1]:
         raise ValueError(f"processed_size must lie within padded_size {padded}, got {processed}")
     merged = _merge(Kept(pred_masks, scores, labels), padded, processed, target, isthing, True)
-    on_host = Merged(merged.ids, *(x.cpu() for x in merged[1:]))
-    return merged.ids.int(), corrected_segments(on_host, scores.cpu(), labels.cpu(), isthing)
+    return merged.ids.int(), describe(
+        merged, scores, labels, lambda label: bool(is_thing(isthing, label)), CORRECTED_KEYS
+    )
 
 
 def _merge(kept: Kept, resized: Size, processed: Size, target: Size, isthing: IsThing, merge_for_good: bool) -> Merged:
@@ -680,7 +669,10 @@ def _panoptic(
     things = thing_table(torch.cat(queries[1]), isthing)
     merges = ops.panoptic_merge(*queries, things.to(masks.device), processed, processed, targets, False)
     return [
-        {"png_string": _png(merged.ids), "segments_info": _upstream_segments(merged, image, isthing)}
+        {
+            "png_string": _png(merged.ids),
+            "segments_info": describe(merged, image.scores, image.labels, isthing, UPSTREAM_KEYS),
+        }
         for merged, image in zip(merges.images([len(image.labels) for image in kept], targets), kept, strict=True)
     ]
 

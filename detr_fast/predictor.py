@@ -26,7 +26,7 @@ from detr_fast.detr.graphs import Graphs, Recorder
 from detr_fast.detr.segmentation import DETRsegm
 from detr_fast.images import ImageSource, Pixels, batches_of_one_size, normalise, panoptic_png, prepare, read_image
 from detr_fast.ops import resolve_device, resolve_dtype
-from detr_fast.postprocess import Kept, kept_queries, resize_and_crop, segments_of
+from detr_fast.postprocess import CORRECTED_KEYS, UPSTREAM_KEYS, Kept, describe, kept_queries, resize_and_crop
 from detr_fast.preprocess import batch_of_size
 from detr_fast.reference import Merged
 
@@ -35,14 +35,6 @@ Size = tuple[int, int]  # (height, width)
 
 MODES = ("corrected", "detr", "transformers")
 TRANSFORMERS_THRESHOLDS = (0.5, 0.8)  # of masks and of overlaps: the defaults of its post-processing
-
-
-# What `segments_info` has in each mode; upstream's merge knows no scores.
-KEYS = {
-    "corrected": ("id", "category_id", "isthing", "score", "area", "bbox"),
-    "detr": ("id", "isthing", "category_id", "area", "bbox"),
-    "transformers": ("id", "category_id", "isthing", "score", "area", "bbox"),
-}
 
 
 class Prepared(NamedTuple):
@@ -366,12 +358,10 @@ class Predictor:
 
     def _segments_info(self, merged: Merged, scores: Tensor, labels: Tensor) -> list[dict[str, Any]]:
         """`segments_info` of one image, from its kept queries, on the CPU."""
-        found = []
-        for segment in segments_of(merged, scores, labels):
-            values = segment._asdict() | {"isthing": self._is_thing[segment.category_id]}
-            if self.mode == "transformers":
-                values["score"] = round(segment.score, 6)  # as upstream
-            found.append({key: values[key] for key in KEYS[self.mode]})
+        keys = (*UPSTREAM_KEYS, "bbox") if self.mode == "detr" else CORRECTED_KEYS
+        found = describe(merged, scores, labels, self._is_thing, keys)
+        if self.mode == "transformers":
+            return [{**info, "score": round(info["score"], 6)} for info in found]  # as upstream
         return found
 
     def _result(self, image: Image.Image, logits: Tensor, boxes: Tensor, segments: Segments) -> PanopticResult:

@@ -106,22 +106,24 @@ def test_chunks_do_not_change_the_masks(model, monkeypatch):
         torch.testing.assert_close(model(samples)["pred_masks"], whole, rtol=0, atol=1e-5)
 
 
+def gradients(model, samples, wanted):
+    """Of every parameter, for a loss of classes, boxes and the masks of the `wanted` queries."""
+    model.zero_grad()
+    out = model(samples, select=lambda logits: wanted)
+    loss = out["pred_logits"].square().mean() + out["pred_boxes"].square().mean()
+    (loss + sum(masks.square().mean() for masks in out["pred_masks"])).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("dilation", [False, True])
 def test_gradients_equal_the_plain_ones(dilation):
     model = make_model(CONFIG.replace(dilation=dilation)).double()
     samples = [image.double() for image in images(BATCHES["padded"])]
     wanted = torch.rand(2, 17, generator=torch.Generator().manual_seed(3)) < 0.4
 
-    def gradients():
-        model.zero_grad()
-        out = model(samples, select=lambda logits: wanted)
-        loss = out["pred_logits"].square().mean() + out["pred_boxes"].square().mean()
-        (loss + sum(masks.square().mean() for masks in out["pred_masks"])).backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    fast = gradients()
+    fast = gradients(model, samples, wanted)
     with ops.plain():
-        plain = gradients()
+        plain = gradients(model, samples, wanted)
     assert fast.keys() == plain.keys() == dict(model.named_parameters()).keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(fast[name], gradient, rtol=1e-6, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")

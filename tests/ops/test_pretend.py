@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_rewrites import BATCHES, CONFIG, images, make_model, truth
+from test_rewrites import BATCHES, CONFIG, gradients, images, make_model, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contract import assert_contract
@@ -130,19 +130,12 @@ def test_trains(gpu):
     samples = [image.double() for image in images(BATCHES["padded"])]
     wanted = torch.rand(2, 17, generator=torch.Generator().manual_seed(3)) < 0.4
 
-    def gradients():
-        model.zero_grad()
-        out = model(samples, select=lambda logits: wanted)
-        loss = out["pred_logits"].square().mean() + out["pred_boxes"].square().mean()
-        (loss + sum(masks.square().mean() for masks in out["pred_masks"])).backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
     with ops.pretend("sm_90", float64=True), Calls() as calls:
-        fast = gradients()
+        fast = gradients(model, samples, wanted)
     assert calls.counts["attention_backward"] and calls.counts["add_layer_norm_backward"]
     assert not calls.counts["bias_relu"]  # which has no gradient
     with ops.plain():
-        plain = gradients()
+        plain = gradients(model, samples, wanted)
     assert fast.keys() == plain.keys()
     for name in fast:
         torch.testing.assert_close(
