@@ -39,20 +39,34 @@ def open_regular(path: Path, mode: str, *, buffering: int = -1) -> IO[bytes]:
     return file
 
 
-def file_length(folder: Path, name: str) -> int | None:
-    """The bytes of a regular file below a folder; None if there is none, or a link on the way to it."""
-    path = os.fspath(folder)
-    for part in name.split("/"):
-        path += f"/{part}"
+class Lengths:
+    """The bytes of the regular files below a folder, each of whose folders is read once, when it is first needed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folders: dict[str, dict[str, int]] = {}
+
+    def __call__(self, name: str) -> int | None:
+        """None if there is no such file, or a link on the way to it."""
+        folder, _, last = name.rpartition("/")
+        if folder not in self._folders:
+            self._folders[folder] = self._read(folder)
+        return self._folders[folder].get(last)
+
+    def _read(self, folder: str) -> dict[str, int]:
+        path = os.fspath(self._root)
         try:
-            status = os.lstat(path)
+            for part in folder.split("/") if folder else ():
+                path += f"/{part}"
+                if not stat.S_ISDIR(os.lstat(path).st_mode):
+                    return {}
+            with os.scandir(path) as entries:
+                files = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+                return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in files}
         except OSError as error:
             if error.errno in ABSENT:
-                return None
+                return {}
             raise
-        if stat.S_ISLNK(status.st_mode):
-            return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def link_or_copy(folder: Path, name: str, target: Path) -> None:

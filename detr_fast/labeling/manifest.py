@@ -27,7 +27,7 @@ from typing import Any
 from detr_fast import files
 from detr_fast.files import open_atomic, sync, write_json
 from detr_fast.labeling import formats
-from detr_fast.labeling.inside import file_length, open_regular, stays_inside
+from detr_fast.labeling.inside import Lengths, open_regular, stays_inside
 
 RESULTS = (*formats.RESULTS, "failures.jsonl", "report.html")  # written when all images are done
 KEY_LENGTH = 16  # hex digits of the hash of the settings
@@ -210,12 +210,12 @@ class Manifest:
 
     def _load(self) -> set[int]:
         """Finds the lines of the images that are done, and gives the places of the lines to drop."""
-        dropped, end = set(), 0
+        dropped, end, lengths = set(), 0, Lengths(self._out)
         for line, values in _checked_lines(self._path, self._names, _parse_head):
             if values is not None and values["settings"] != self._key:
                 raise OccupiedError(f"{self._path} holds lines of other settings")
             number = None if values is None else self._number.get(values["file"])
-            if values is None or "error" in values or (number is not None and missing_file(self._out, values)):
+            if values is None or "error" in values or (number is not None and missing_file(lengths, values)):
                 dropped.add(end)
             elif number is not None:
                 self._offsets[number] = end
@@ -243,11 +243,11 @@ def read_lines(out: Path, names: Iterable[str]) -> Iterator[tuple[str, dict[str,
             yield values["file"], values
 
 
-def missing_file(out: Path, record: dict[str, Any]) -> str | None:
+def missing_file(lengths: Lengths, record: dict[str, Any]) -> str | None:
     """The first of an image's files that is not in the output folder, or not of its length."""
     for name, length in record["bytes"].items():
         path = formats.FORMATS[name].path(record["file"])
-        if file_length(out, path) != length:
+        if lengths(path) != length:
             return path
     return None
 
@@ -302,10 +302,10 @@ def _parse_head(line: bytes, names: tuple[str, ...]) -> dict[str, Any]:
 def _without_checksum(line: bytes) -> tuple[bytes, bool]:
     """A line without its checksum, which must be right, and whether it has one."""
     _require(line.endswith(b"\n"), "the end")
-    text, mark, checksum = line.rstrip().rpartition(CHECKSUM)
-    if not mark:
+    place = line.rfind(CHECKSUM)
+    if place < 0:
         return line, False
-    text += b"}"
+    text, checksum = line[:place] + b"}", line[place + len(CHECKSUM) :].rstrip()
     _require(int(checksum[:-1]) == zlib.crc32(text), "crc32")
     return text, True
 

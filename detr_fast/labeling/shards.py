@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from detr_fast.labeling.formats import FORMATS
-from detr_fast.labeling.inside import link_or_copy
+from detr_fast.labeling.inside import Lengths, link_or_copy
 from detr_fast.labeling.listing import listing_hash
 from detr_fast.labeling.manifest import Manifest, OccupiedError, Run, locked, missing_file, occupied, read_lines
 from detr_fast.labeling.results import LabelSummary, write_results
@@ -106,10 +106,10 @@ def _complete_shard(folder: Path, run: Run) -> list[str]:
         raise IncompleteError(
             f"{folder} was made with --limit {run.limit}; label with --resume and without it completes it"
         )
-    files = []
+    files, lengths = [], Lengths(folder)
     for file, record in read_lines(folder, run.settings["formats"]):
         files.append(file)
-        if "error" not in record and (missing := missing_file(folder, record)):
+        if "error" not in record and (missing := missing_file(lengths, record)):
             raise IncompleteError(f"{folder / missing} is missing or not whole; label with --resume makes it again")
     i, n = map(int, (run.shard or "1/1").split("/"))
     if len(files) != (expected := len(range(i - 1, run.count, n))):
