@@ -71,19 +71,26 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+class OccupiedError(ValueError):
+    """Another process works in a folder, or it holds files that a run would mix with its own."""
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of the same block with the same folder.
+def locked(folder: Path, work: str) -> Iterator[None]:
+    """Keeps other processes from doing the same work in a folder.
+
+    Args:
+        work: for the message, as "training in".
 
     Raises:
-        BlockingIOError: one is in it.
+        OccupiedError: one does it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise
+            raise OccupiedError(f"another process is {work} {folder}") from None
         except OSError:
             pass  # a network file system without locks
         yield

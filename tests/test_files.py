@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr_fast.files import locked, open_atomic, remove_temporary, write_json, write_json_lines
+from detr_fast.files import OccupiedError, locked, open_atomic, remove_temporary, write_json, write_json_lines
 from detr_fast.training.run import RunFolder
 
 
@@ -63,9 +63,13 @@ def test_a_training_starts_without_unfinished_files(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_locked_for_one_at_a_time(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(BlockingIOError), locked(tmp_path):
+    with (
+        locked(tmp_path, "training in"),
+        pytest.raises(OccupiedError, match="another process is training in"),
+        locked(tmp_path, "training in"),
+    ):
         pass
-    with locked(tmp_path):
+    with locked(tmp_path, "training in"):
         pass
 
 
@@ -74,7 +78,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch
         raise OSError("no locks")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with locked(tmp_path):
+    with locked(tmp_path, "training in"):
         pass
 
 

@@ -106,8 +106,8 @@ def add_options(label: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from detr_fast.files import OccupiedError
     from detr_fast.labeling.listing import find_images
-    from detr_fast.labeling.manifest import OccupiedError
     from detr_fast.labeling.pipeline import Options, label_files
 
     with argument("IMAGES_DIR"):

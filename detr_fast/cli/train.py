@@ -109,9 +109,10 @@ def _add_machine_options(machine: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from detr_fast.checkpoint import read_checkpoint
+    from detr_fast.files import OccupiedError
     from detr_fast.ops import resolve_device
     from detr_fast.training import train as training
-    from detr_fast.training.run import PREVIOUS, OccupiedError, RunFolder
+    from detr_fast.training.run import PREVIOUS, RunFolder
 
     fields = {field.name for field in dataclasses.fields(training.TrainSettings)}
     settings = training.TrainSettings(**{name: value for name, value in vars(args).items() if name in fields})

@@ -19,13 +19,11 @@ import re
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detr_fast import files
-from detr_fast.files import open_atomic, sync, write_json
+from detr_fast.files import OccupiedError, open_atomic, sync, write_json
 from detr_fast.labeling import formats
 from detr_fast.labeling.inside import Lengths, open_regular, stays_inside
 
@@ -37,10 +35,6 @@ CHECKSUM, LABELS = b', "crc32": ', b', "width": '
 MAX_CATEGORY = 65_535
 MAX_SIDE = 1 << 24  # pixels
 UNPARSABLE = (ValueError, TypeError, KeyError, RecursionError)  # of JSON that is damaged, or has other values
-
-
-class OccupiedError(ValueError):
-    """The output folder holds files that the run would mix with its own."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +102,6 @@ def occupied(out: Path) -> list[str]:
     files = [name for name in ("run.json", "manifest.jsonl", *RESULTS) if os.path.lexists(out / name)]
     folders = [out / name for name in formats.FOLDERS]
     return files + [path.name for path in folders if path.is_symlink() or (path.is_dir() and any(path.iterdir()))]
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keeps other processes from labeling into the same folder.
-
-    Raises:
-        OccupiedError: one does.
-    """
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(files.locked(out))
-        except BlockingIOError:
-            raise OccupiedError(f"another process is labeling into {out}") from None
-        yield
 
 
 class Manifest:

@@ -23,13 +23,13 @@ import torch
 from tqdm import tqdm
 
 from detr_fast import __version__
-from detr_fast.files import remove_temporary
+from detr_fast.files import OccupiedError, locked, remove_temporary
 from detr_fast.labeling import report
 from detr_fast.labeling.formats import FOLDERS, FORMATS
 from detr_fast.labeling.interrupt import Interrupt, Interrupted
 from detr_fast.labeling.listing import find_images, listing_hash, without_place
 from detr_fast.labeling.local import Job, LocalEngine, default_workers
-from detr_fast.labeling.manifest import RESULTS, Manifest, OccupiedError, Run, locked, occupied
+from detr_fast.labeling.manifest import RESULTS, Manifest, Run, occupied
 from detr_fast.labeling.results import LabelSummary, write_results
 from detr_fast.labeling.stages import Reading, Writing
 from detr_fast.ops import is_gpu, resolve_device
@@ -175,7 +175,7 @@ def label_files(
         limit,
     )
     out.mkdir(parents=True, exist_ok=True)
-    with Interrupt() as interrupt, locked(out):
+    with Interrupt() as interrupt, locked(out, "labeling into"):
         claim(out, run, options.resume, options.overwrite)
         for folder in (FORMATS[name].folder for name in formats):
             if folder is not None:

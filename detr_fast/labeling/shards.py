@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from detr_fast.files import OccupiedError, locked
 from detr_fast.labeling.formats import FORMATS
 from detr_fast.labeling.inside import Lengths, link_or_copy
 from detr_fast.labeling.listing import listing_hash
-from detr_fast.labeling.manifest import Manifest, OccupiedError, Run, locked, missing_file, occupied, read_lines
+from detr_fast.labeling.manifest import Manifest, Run, missing_file, occupied, read_lines
 from detr_fast.labeling.results import LabelSummary, write_results
 
 LINES_AT_ONCE = 1000
@@ -47,7 +48,7 @@ def merge_shards(shards: Sequence[str | os.PathLike[str]], out: str | os.PathLik
     names = run.settings["formats"]
     formats = [FORMATS[name] for name in names if FORMATS[name].folder is not None]
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with locked(out, "labeling into"):
         run.write(out)
         with Manifest(out, run.key, files) as manifest:
             for folder in folders:

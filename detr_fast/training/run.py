@@ -6,24 +6,20 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from detr_fast.files import locked, open_atomic, remove_temporary, write_atomic, write_json_lines
+from detr_fast.files import OccupiedError, locked, open_atomic, remove_temporary, write_atomic, write_json_lines
 
 SETTINGS, LOG, BAD = "settings.json", "log.jsonl", "bad_annotations.txt"
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint.previous.pth"
 
 # settings that may differ between a training and its resumption
 MAY_CHANGE = ("epochs", "steps", "save_every", "workers", "device")
-
-
-class OccupiedError(ValueError):
-    """Another process trains in the folder, or has done so since it was read."""
 
 
 class RunFolder:
@@ -84,11 +80,7 @@ class RunFolder:
             OccupiedError: one trains there, or has done so since this object was made.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self.folder))
-            except BlockingIOError:
-                raise OccupiedError(f"another process is training in {self.folder}") from None
+        with locked(self.folder, "training in"):
             if self._read_state() != self._state:
                 raise OccupiedError(f"another process has trained in {self.folder} in the meantime")
             yield

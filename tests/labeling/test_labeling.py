@@ -27,12 +27,13 @@ from pycocotools import mask as coco_mask
 
 from contract import picture
 from detr_fast.evaluation.panoptic_quality import panoptic_quality
+from detr_fast.files import OccupiedError
 from detr_fast.images import Pixels, grey_png, panoptic_png, run_lengths
 from detr_fast.images.deflate import zlib_stream
 from detr_fast.labeling import interrupt, pipeline
 from detr_fast.labeling.listing import find_images
 from detr_fast.labeling.local import LocalEngine
-from detr_fast.labeling.manifest import Manifest, OccupiedError
+from detr_fast.labeling.manifest import Manifest
 from detr_fast.labeling.pipeline import label
 from detr_fast.labeling.shards import merge_shards
 from detr_fast.labeling.stages import Reading, Writing, decode, encode
@@ -324,9 +325,9 @@ def test_an_occupied_folder_is_refused(predictor: Predictor, pictures: Path, lab
 
 
 def manifest_lock(out: Path) -> Any:
-    from detr_fast.labeling.manifest import locked
+    from detr_fast.files import locked
 
-    return locked(out)
+    return locked(out, "labeling into")
 
 
 def test_manifest_keeps_files_apart_and_opens_quickly(tmp_path: Path) -> None:

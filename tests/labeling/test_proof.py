@@ -15,7 +15,7 @@ from test_labeling import contents
 
 from contract import picture
 from detr_fast.cli import main
-from detr_fast.labeling.manifest import OccupiedError
+from detr_fast.files import OccupiedError
 from detr_fast.labeling.pipeline import label
 from detr_fast.labeling.shards import merge_shards
 from detr_fast.predictor import Predictor

@@ -27,8 +27,9 @@ from detr_fast.config import PRESETS, DetrConfig
 from detr_fast.data import shapes
 from detr_fast.detr.backbone import thaw_batch_norm
 from detr_fast.detr.segmentation import build_detr
+from detr_fast.files import OccupiedError
 from detr_fast.training.loader import Order, Portions, batches
-from detr_fast.training.run import OccupiedError, RunFolder
+from detr_fast.training.run import RunFolder
 from detr_fast.training.train import (
     Trainer,
     TrainSettings,
